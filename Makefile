@@ -1,0 +1,52 @@
+# make tune    set up, then tune a real model on real data, publish, serve, chat
+# make test    set up what tests need, then run them all
+# make check   lint, types, layers, and what the wheel holds
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
+
+# uv reads none of pip's settings: hand on those that name where packages come from.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+# Without a GPU, PyTorch's build for CPUs: the other one is gigabytes. A folder of wheels has its own.
+TORCH_BACKEND ?= $(if $(UV_FIND_LINKS),,--torch-backend=auto)
+
+.PHONY: tune test check format clean
+tune: $(VENV)/.local
+	@$(BIN)/kaito-flows tune examples/smollm2-wordnet.yaml
+
+test: $(VENV)/.dev
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@rm -rf build
+	@$(BIN)/python -m build --wheel --no-isolation --outdir build/dist >build.log 2>&1 || { cat build.log; exit 1; }; rm -f build.log
+	@$(BIN)/python .ci/check_wheel.py build/dist/*.whl build/wheel
+	@MYPYPATH=build/wheel $(BIN)/mypy -p kaito_flows
+	@PYTHONPATH=build/wheel $(BIN)/lint-imports --no-cache
+
+format: $(VENV)/.dev
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(BIN)/uv:
+	@echo "Setting up $(VENV) ..."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "Python's venv is missing: apt-get install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+
+$(VENV)/.local: pyproject.toml setup.py | $(BIN)/uv
+	@$(UV) $(TORCH_BACKEND) --editable '.[local]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml setup.py | $(BIN)/uv
+	@$(UV) $(TORCH_BACKEND) --editable '.[dev]'
+	@touch $@ $(VENV)/.local

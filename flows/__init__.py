@@ -1,0 +1,1 @@
+"""The flows: when each stage runs, and what happens when one does not end well."""

@@ -1,0 +1,104 @@
+"""A run while it runs: a bar on a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from threading import RLock
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from kaito_flows.cli import output
+
+PLAIN_INTERVAL_SECONDS = 10.0
+
+
+class Live:
+    """Listens to a run and shows it; `quiet` shows nothing (for `--json`)."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._console = Console(highlight=False)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._lock = RLock()
+        self._told_at = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+        self._end_bar()
+
+    def on_event(self, stage: str, event: Mapping[str, Any]) -> None:
+        """Show one event of the run; called from the threads of its tasks."""
+        if self._quiet:
+            return
+        with self._lock:
+            match event["event"]:
+                case "finished":
+                    self._end_bar()
+                    self._say(f"{stage:<16} done in {event['seconds']:.1f} s")
+                case "planned":
+                    for row in event["rows"]:
+                        self._say(f"  {row['item']:<18} {row['value']}")
+                case "progress" if "total" in event:
+                    self._progress(event)
+                case "evaluation":
+                    self._say(f"{stage:<16} held-out loss {event['loss']:.3f} at step {event['step']}")
+                case "resumed":
+                    self._say(f"{stage:<16} going on from the checkpoint at step {event['step']}")
+                case "reused":
+                    self._say(f"{stage:<16} nothing to do, {event['digest'][:19]} has the same inputs")
+                case "stage":
+                    self._say(f"{stage:<16} {event['name']}")
+
+    def _progress(self, event: Mapping[str, Any]) -> None:
+        if self._console.is_terminal:
+            if self._bar is None:
+                columns = (
+                    TextColumn("tune"),
+                    BarColumn(),
+                    MofNCompleteColumn(),
+                    TextColumn("loss {task.fields[loss]:.3f}"),
+                    TextColumn("{task.fields[speed]:.0f} tok/s"),
+                    TextColumn("{task.fields[eta]} left"),
+                )
+                self._bar = Progress(*columns, console=self._console, transient=True)
+                self._task = self._bar.add_task("tune", total=event["total"], loss=0.0, speed=0.0, eta="")
+                self._bar.start()
+            if self._task is not None:
+                self._bar.update(
+                    self._task,
+                    completed=event["step"],
+                    loss=event["loss"],
+                    speed=event["tokens_per_second"],
+                    eta=_clock(event["eta_seconds"]),
+                )
+        elif time.monotonic() - self._told_at >= PLAIN_INTERVAL_SECONDS or event["step"] == event["total"]:
+            self._told_at = time.monotonic()
+            self._say(
+                f"{'tune':<16} step {event['step']}/{event['total']}  loss {event['loss']:.3f}  "
+                f"{event['tokens_per_second']:.0f} tokens/s  {_clock(event['eta_seconds'])} left"
+            )
+
+    def _end_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = self._task = None
+
+    def _say(self, text: str) -> None:
+        if self._bar is not None:
+            self._console.print(text, markup=False, soft_wrap=True)
+        else:
+            output.line(text)
+            sys.stdout.flush()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

@@ -1,0 +1,1 @@
+"""OCI images without a daemon: references, layouts on disk, and images made of plain files."""

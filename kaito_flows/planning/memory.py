@@ -1,0 +1,107 @@
+"""How much memory tuning takes on its device, part by part, from the model's shape alone.
+
+The formulas count what a training step of transformers and PEFT keeps. For Phi-3-mini with QLoRA, r 16, they give
+1.87 GB of NF4 weights, 0.39 GB of embedding and head, 0.40 GB for the adapter, and per token 0.197 MB of checkpoints
+with recompute or 4.06 MB of activations without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kaito_flows.planning.shapes import linear_shapes, lora_parameters
+from kaito_flows.presets.loader import Preset
+
+__all__ = ["MemoryEstimate", "tuning_memory"]
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+# bitsandbytes: one absmax for 64 weights, in float32; with double quantisation in 8 bits, with a float32 for each 256.
+BLOCK, NESTED_BLOCK = 64, 256
+# An adapter's parameter in float32: itself, its gradient, and AdamW's two moments.
+ADAPTER_BYTES = 16
+# CUDA context, cuBLAS workspaces and the libraries' own buffers. On a CPU, what Python and its libraries take (a run
+# with a model of 5 million parameters measured 0.83 to 0.91 GB in all).
+RUNTIME_BYTES = 900_000_000
+# The caching allocator's unused remainders, as a share of what comes and goes in each step.
+FRAGMENTATION = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes on the device at the peak of a training step, and how many parameters the adapter has."""
+
+    weights: int
+    adapter: int
+    activations: int
+    logits: int
+    overhead: int
+    adapter_parameters: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.adapter + self.activations + self.logits + self.overhead
+
+    def as_dict(self) -> dict[str, int]:
+        """The parts and their sum, in bytes."""
+        parts = ("weights", "adapter", "activations", "logits", "overhead", "total")
+        return {name: getattr(self, name) for name in parts}
+
+
+def tuning_memory(preset: Preset, config: Mapping[str, Any], method: str) -> MemoryEstimate:
+    """Return what tuning `preset` with a resolved training config takes; `target_modules` holds the model's own names.
+
+    Raises:
+        PlanError: a target module whose shape is not known.
+    """
+    lora, arguments, shape = config["LoraConfig"], config["TrainingArguments"], preset.architecture
+    parameters = lora_parameters(shape, lora["target_modules"], lora["r"], dora=lora["use_dora"])
+    tokens = arguments["per_device_train_batch_size"] * arguments["max_length"]
+    eager = config["ModelConfig"]["attn_implementation"] == "eager"
+    activations = _activations(
+        preset, tokens, arguments["max_length"], recompute=arguments["gradient_checkpointing"], eager=eager
+    )
+    # Logits go to float32 for the loss, and their gradient is as large.
+    logits = tokens * shape.vocab_size * 4 * 2
+    # A 4-bit matrix is expanded for each product; the largest one counts, and its gradient's transposed copy.
+    largest = max(i * o for name, (i, o) in linear_shapes(shape).items() if name in preset.linear_modules)
+    expanded = 2 * largest * BYTES[config["ModelConfig"]["torch_dtype"]] if method == "qlora" else 0
+    return MemoryEstimate(
+        weights=_weights(preset, config, method),
+        adapter=parameters * ADAPTER_BYTES,
+        activations=activations,
+        logits=logits,
+        overhead=RUNTIME_BYTES + expanded + int(FRAGMENTATION * (activations + logits)),
+        adapter_parameters=parameters,
+    )
+
+
+def _weights(preset: Preset, config: Mapping[str, Any], method: str) -> int:
+    """Linear layers in 4 bits (QLoRA's paper, section 3) or whole; embedding, head and norms always whole."""
+    whole = BYTES[config["ModelConfig"]["torch_dtype"]]
+    quantization = config["QuantizationConfig"]
+    if method != "qlora" or not quantization["load_in_4bit"]:
+        return preset.parameters.total * whole
+    scale_bits = 8 / BLOCK + 32 / (BLOCK * NESTED_BLOCK) if quantization["bnb_4bit_use_double_quant"] else 32 / BLOCK
+    linear = preset.parameters.linear
+    return int(linear * (4 + scale_bits) / 8) + (preset.parameters.total - linear) * whole
+
+
+def _activations(preset: Preset, tokens: int, length: int, *, recompute: bool, eager: bool) -> int:
+    """What the forward pass keeps for the backward pass, in two bytes a value.
+
+    A block keeps, for each token: its two norms' inputs and outputs (4 hidden), the projections before and after the
+    rotary embedding and the attention's output (3 query + 3 key), and the MLP's gate, up, activation and product
+    (4 intermediate). With recompute a block keeps its input alone, and one block at a time keeps everything. Eager
+    attention adds its scores and probabilities, a value of each in two bytes and one in four for each pair of tokens.
+    """
+    shape = preset.architecture
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    block = 2 * (4 * shape.hidden_size + 3 * query + 3 * key + 4 * shape.intermediate_size)
+    if eager:
+        block += 8 * shape.heads * length
+    if recompute:
+        return tokens * (shape.layers * 2 * shape.hidden_size + block)
+    return tokens * shape.layers * block

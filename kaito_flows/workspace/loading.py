@@ -1,0 +1,143 @@
+"""From a YAML file with one or several documents to a valid Workspace and its resolved training config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import yaml
+from pydantic import ValidationError
+
+from kaito_flows.errors import ConfigError, Fault, InputError, WorkspaceError
+from kaito_flows.workspace.faults import faults_of, nearest
+from kaito_flows.workspace.spec import Workspace, WorkspaceV1alpha1, WorkspaceV1beta1
+from kaito_flows.workspace.training_config import CONFIG_KEY, TrainingConfig
+from kaito_flows.workspace.validation import Platform, placeholders, validate
+
+VERSIONS: dict[str, type[WorkspaceV1alpha1] | type[WorkspaceV1beta1]] = {
+    "kaito.sh/v1alpha1": WorkspaceV1alpha1,
+    "kaito.sh/v1beta1": WorkspaceV1beta1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WorkspaceFile:
+    """A Workspace with what came with it: the resolved training config, and what is still to be filled in."""
+
+    workspace: Workspace
+    training_config: TrainingConfig | None
+    config_text: str | None
+    placeholders: tuple[Fault, ...] = ()
+
+    def as_parameters(self) -> dict[str, Any]:
+        """The parameters with which the flow `tune-workspace` runs this file."""
+        workspace = self.workspace.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        return {"workspace": workspace, **({"training_config": self.config_text} if self.config_text else {})}
+
+
+def load_workspace(path: Path, platform: Platform) -> WorkspaceFile:
+    """Read a Workspace from a file; a ConfigMap in the same file is found by the name that `tuning.config` gives.
+
+    Raises:
+        InputError: (codes `file-not-found`, `file-not-readable`, `invalid-yaml`) the file itself.
+        WorkspaceError: every fault in it, each with its path.
+        ConfigError: `training_config.yaml` is not YAML.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError as exc:
+        raise InputError("no such file", place=str(path), hint="check the path", code="file-not-found") from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InputError(f"cannot be read: {exc}", place=str(path), code="file-not-readable") from exc
+    try:
+        documents = [d for d in yaml.safe_load_all(text) if d is not None]
+    except yaml.YAMLError as exc:
+        mark = getattr(exc, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        problem = getattr(exc, "problem", None) or str(exc)
+        raise InputError(problem, place=place, hint="mend the YAML", code="invalid-yaml") from exc
+    workspaces = [d for d in documents if isinstance(d, dict) and d.get("kind") == "Workspace"]
+    if len(workspaces) != 1:
+        kinds = ", ".join(str(d.get("kind")) if isinstance(d, dict) else type(d).__name__ for d in documents)
+        message = f"holds {len(workspaces)} Workspaces, not one (documents: {kinds or 'none'})"
+        raise InputError(message, place=str(path), hint="one Workspace a file", code="invalid-yaml")
+    _resolve_files(workspaces[0], path.absolute().parent)
+    return parse_workspace(workspaces[0], platform, config_maps=documents, source=str(path))
+
+
+def _resolve_files(document: dict[str, Any], folder: Path) -> None:
+    """Make relative file URLs (`file:data/x.parquet`) absolute: they are relative to the Workspace's file."""
+    source = (document.get("tuning") or {}).get("input") if isinstance(document.get("tuning"), dict) else None
+    urls = source.get("urls") if isinstance(source, dict) else None
+    if isinstance(urls, list):
+        for i, url in enumerate(urls):
+            if isinstance(url, str) and url.startswith("file:") and not url.startswith("file:/"):
+                urls[i] = (folder / unquote(url.removeprefix("file:"))).resolve().as_uri()
+
+
+def parse_workspace(
+    document: Mapping[str, Any],
+    platform: Platform,
+    *,
+    config_maps: Iterable[Any] = (),
+    training_config: str | None = None,
+    source: str = "",
+) -> WorkspaceFile:
+    """Read a Workspace from a document, with its training config as text or among `config_maps`.
+
+    Raises:
+        WorkspaceError: every fault in it, each with its path.
+        ConfigError: `training_config.yaml` is not YAML.
+    """
+    version = document.get("apiVersion")
+    model = VERSIONS.get(str(version), WorkspaceV1beta1)
+    faults: list[Fault] = []
+    if version not in VERSIONS:
+        like = nearest(str(version), VERSIONS) or "kaito.sh/v1beta1"
+        faults.append(Fault("apiVersion", f"{version!r} is not known", f'write "{like}"', code="invalid-value"))
+    workspace: Workspace | None = None
+    try:
+        workspace = model.model_validate(document)
+    except ValidationError as exc:
+        faults += [f for f in faults_of(exc, model) if f.path != "apiVersion"]
+    structural = {f.path for f in faults}
+    faults += [f for f in validate(document, platform) if f.path not in structural or not f.path]
+
+    tuning = document.get("tuning")
+    tuning = tuning if isinstance(tuning, Mapping) else {}
+    text, config, name = training_config, None, tuning.get("config")
+    place = CONFIG_KEY
+    if text is None and isinstance(name, str) and name:
+        place = f"ConfigMap/{name}"
+        text, fault = _config_text(name, config_maps)
+        faults += [fault] if fault else []
+    method = str(tuning.get("method", "")).lower()
+    if method in ("lora", "qlora"):
+        try:
+            config = TrainingConfig.resolve(method, text, place=place)
+        except WorkspaceError as exc:
+            faults += exc.faults
+        except ConfigError as exc:
+            faults.append(Fault(exc.place, exc.message, exc.hint, code=exc.code))
+    if faults or workspace is None:
+        raise WorkspaceError(faults, source=source)
+    return WorkspaceFile(workspace, config, text, tuple(placeholders(document)))
+
+
+def _config_text(name: str, documents: Iterable[Any]) -> tuple[str | None, Fault | None]:
+    maps = {
+        d.get("metadata", {}).get("name"): d.get("data") or {}
+        for d in documents
+        if isinstance(d, dict) and d.get("kind") == "ConfigMap" and isinstance(d.get("metadata"), dict)
+    }
+    if name not in maps:
+        hint = f"ConfigMaps here: {', '.join(map(str, maps))}" if maps else "add it to the file as another document"
+        return None, Fault("tuning.config", f"no ConfigMap {name!r} in the file", hint, code="config-map-not-found")
+    text = maps[name].get(CONFIG_KEY) if isinstance(maps[name], dict) else None
+    if not isinstance(text, str):
+        message = f"ConfigMap {name!r} has no key {CONFIG_KEY!r}"
+        return None, Fault("tuning.config", message, code="config-map-not-found")
+    return text, None

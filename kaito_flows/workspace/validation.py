@@ -1,0 +1,183 @@
+"""What a schema cannot say of a Workspace: KAITO's webhook rules, in its words, and a few better ones.
+
+Rules read the raw document, not the model, so that a file with a wrong key still hears of everything else. Each rule is
+a generator of faults; `RULES` lists them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from kaito_flows.errors import Fault, ImageError, PlanError
+from kaito_flows.reference import Reference
+from kaito_flows.presets.loader import load_preset
+
+Platform = Literal["local", "kubernetes"]
+Document = Mapping[str, Any]
+
+_DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+_PLACEHOLDER = re.compile(r"[{<]?[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)*_HERE[}>]?")
+_METADATA_HOSTS = {"metadata.google.internal", "metadata.google", "instance-data.ec2.internal"}
+
+
+def validate(document: Document, platform: Platform) -> list[Fault]:
+    """Return every fault of a Workspace document that the schema alone does not see."""
+    return [fault for rule in RULES for fault in rule(document, platform)]
+
+
+def placeholders(document: Document) -> list[Fault]:
+    """Return the places that still hold an example's `..._HERE`: harmless for a plan, refused before a run."""
+    tuning, faults = _mapping(document, "tuning"), []
+    for section, key in (("output", "image"), ("output", "imagePushSecret"), ("input", "image")):
+        value = _mapping(tuning, section).get(key)
+        if isinstance(value, str) and (found := _PLACEHOLDER.findall(value)):
+            message = f"still holds the placeholder {', '.join(found)}"
+            faults.append(Fault(f"tuning.{section}.{key}", message, "write your own", code="placeholder"))
+    return faults
+
+
+def _name(document: Document, _: Platform) -> Iterator[Fault]:
+    name = _mapping(document, "metadata").get("name")
+    if isinstance(name, str) and (len(name) > 63 or not _DNS_LABEL.fullmatch(name)):
+        message = f"{name!r} is not a DNS-1123 label"
+        yield Fault("metadata.name", message, "lowercase letters, digits and '-', at most 63 characters")
+
+
+def _either_inference_or_tuning(document: Document, _: Platform) -> Iterator[Fault]:
+    has = [key for key in ("inference", "tuning") if document.get(key) is not None]
+    if not has:
+        yield Fault("", "Either Inference or Tuning must be specified, not neither", "add `tuning:`")
+    if len(has) == 2:
+        yield Fault("", "Either Inference or Tuning must be specified, but not both", "split it into two Workspaces")
+
+
+def _selector(document: Document, _: Platform) -> Iterator[Fault]:
+    selector = _mapping(_mapping(document, "resource"), "labelSelector")
+    for i, expression in enumerate(_sequence(selector, "matchExpressions")):
+        if isinstance(expression, Mapping) and expression.get("operator") not in (None, "In"):
+            path = f"resource.labelSelector.matchExpressions[{i}].operator"
+            yield Fault(path, "Only allow matchLabels or 'IN' matchExpression")
+
+
+def _one_node(document: Document, _: Platform) -> Iterator[Fault]:
+    resource = _mapping(document, "resource")
+    count = resource.get("count", 1)
+    if document.get("tuning") is None:
+        return
+    if isinstance(count, int) and count > 1:
+        message = "Tuning does not currently support multinode configurations. Please set the node count to 1."
+        yield Fault("resource.count", message)
+    if resource.get("partition") is not None:
+        yield Fault("resource.partition", "a partition is for inference only", "leave it out")
+
+
+def _preset(document: Document, _: Platform) -> Iterator[Fault]:
+    for section in ("tuning", "inference"):
+        name = _mapping(_mapping(document, section), "preset").get("name")
+        if not isinstance(name, str):
+            continue
+        try:
+            load_preset(name)
+        except PlanError as exc:
+            message = f"Unsupported {section} preset name {name}"
+            yield Fault(f"{section}.preset.name", message, exc.hint, code=exc.code)
+
+
+def _input(document: Document, platform: Platform) -> Iterator[Fault]:
+    tuning = _mapping(document, "tuning")
+    source = tuning.get("input")
+    if not isinstance(source, Mapping):
+        return
+    if len(_given(source, "urls", "volumeSource", "image")) != 1:
+        hint = "`volume` is read nowhere: KAITO's key is `volumeSource`" if "volume" in source else ""
+        yield Fault("tuning.input", "Exactly one of URLs, Volume, or Image must be specified", hint)
+    yield from _image(source.get("image"), "tuning.input.image")
+    for i, url in enumerate(_sequence(source, "urls")):
+        if isinstance(url, str) and (reason := _bad_url(url, platform)):
+            yield Fault(f"tuning.input.urls[{i}]", reason[0], reason[1], code="invalid-url")
+
+
+def _output(document: Document, platform: Platform) -> Iterator[Fault]:
+    destination = _mapping(document, "tuning").get("output")
+    if not isinstance(destination, Mapping):
+        return
+    given = _given(destination, "volumeSource", "image")
+    if len(given) != 1:
+        yield Fault("tuning.output", "Exactly one of Volume or Image must be specified")
+    yield from _image(destination.get("image"), "tuning.output.image")
+    # On this machine the image goes into a folder, and nothing has to be unlocked.
+    if platform != "local" and "image" in given and not destination.get("imagePushSecret"):
+        message = "Must specify imagePushSecret with destination image"
+        yield Fault("tuning.output.imagePushSecret", message, code="missing-key")
+
+
+def _inference(document: Document, _: Platform) -> Iterator[Fault]:
+    inference = document.get("inference")
+    if isinstance(inference, Mapping) and len(_given(inference, "preset", "template")) != 1:
+        yield Fault("inference", "Exactly one of Preset or Template must be specified")
+
+
+RULES: tuple[Callable[[Document, Platform], Iterator[Fault]], ...] = (
+    _name,
+    _either_inference_or_tuning,
+    _selector,
+    _one_node,
+    _preset,
+    _input,
+    _output,
+    _inference,
+)
+
+
+def _mapping(parent: Document, key: str) -> Document:
+    value = parent.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _sequence(parent: Document, key: str) -> Sequence[Any]:
+    value = parent.get(key)
+    return value if isinstance(value, list) else []
+
+
+def _given(parent: Document, *keys: str) -> list[str]:
+    return [key for key in keys if parent.get(key)]
+
+
+def _image(value: object, path: str) -> Iterator[Fault]:
+    if not isinstance(value, str) or not value or _PLACEHOLDER.search(value):
+        return
+    try:
+        Reference.parse(value)
+    except ImageError as exc:
+        yield Fault(path, exc.message, exc.hint, code=exc.code)
+
+
+def _bad_url(url: str, platform: Platform) -> tuple[str, str] | None:
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").lower()
+    except ValueError as exc:
+        return f"{url!r} is not a URL: {exc}", ""
+    if parts.scheme == "file":
+        if platform == "local":
+            return None
+        return "a file URL means nothing to a pod", "put the data behind https, into an image or on a volume"
+    if parts.scheme not in ("http", "https"):
+        return f"the scheme {parts.scheme!r} is not http or https", "write the whole URL"
+    if not host:
+        return f"{url!r} names no host", "write the whole URL"
+    if platform == "local":
+        return None  # who runs this on their own machine may read what is on it
+    if host == "localhost" or host.endswith(".localhost") or host in _METADATA_HOSTS:
+        return f"the host {host!r} is not allowed", "pods fetch from public hosts only"
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    if not address.is_global:
+        return f"the address {host} is loopback, private or link-local", "pods fetch from public hosts only"
+    return None

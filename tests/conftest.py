@@ -1,0 +1,29 @@
+"""What all tests share: one thread each for training, and the rule for services that are missing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Nothing a test does is a reason to talk to anybody outside of this machine.
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A KAITO_FLOWS_HOME of the test's own."""
+    folder = tmp_path / "kaito-flows"
+    monkeypatch.setenv("KAITO_FLOWS_HOME", str(folder))
+    monkeypatch.delenv("KAITO_FLOWS_SERVE_PORT", raising=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def repository_root() -> Path:
+    """The checkout."""
+    return Path(__file__).parents[1]

@@ -1,0 +1,239 @@
+"""This machine as a platform: jobs are adopted, errors come back as what they were, services roll over."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from kaito_flows.errors import ConfigError, JobError, KilledError, OutOfMemoryError, PortTakenError, ServiceError
+from kaito_flows.platforms import JobSpec, LocalPlatform, Service, ServiceSpec, local
+from kaito_flows.platforms.processes import Process
+from kaito_flows.settings import Settings
+
+# A job that does what its arguments say; a service that answers /health as the real one does.
+PROGRAM = '''
+import json, os, pathlib, signal, sys, time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+job = json.load(open(sys.argv[1]))
+def emit(**event): print(json.dumps(event), flush=True)
+if "port" in job:
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200); self.end_headers(); self.wfile.write(b"{}")
+        def log_message(self, *_): pass
+    if job.get("fail"): sys.exit("no model")
+    server = HTTPServer((job["host"], job["port"]), Health)
+    emit(event="serving", host=job["host"], port=job["port"], models=["base", job["workspace"]])
+    server.serve_forever()
+with open(pathlib.Path(job["root"]) / "starts", "a") as out: out.write("x")
+for step in range(job.get("steps", 1)):
+    emit(event="progress", step=step + 1); time.sleep(job.get("pause", 0))
+if job.get("wait_for"):
+    while not os.path.exists(job["wait_for"]): time.sleep(0.05)
+if "failed" in job:
+    emit(event="failed", code="a-code", place="a place", message="a message", hint="a hint"); sys.exit(job["failed"])
+if "silent" in job:
+    print("Traceback: boom", file=sys.stderr); sys.exit(job["silent"])
+emit(event="completed", answer=42)
+'''
+
+
+@pytest.fixture
+def platform(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> LocalPlatform:
+    (tmp_path / "fixture_program.py").write_text(PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(local, "_module", lambda spec: spec.program)
+    return LocalPlatform(Settings())
+
+
+def job(**arguments: Any) -> JobSpec:
+    return JobSpec("j", "w", "fixture_program", arguments)
+
+
+def run(platform: LocalPlatform, spec: JobSpec) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    events: list[dict[str, Any]] = []
+    return platform.run_job(spec, events.append), events
+
+
+def starts(platform: LocalPlatform) -> int:
+    return len((platform.home / "jobs/w/j/starts").read_text())
+
+
+def test_a_job_returns_what_it_completed_with(platform: LocalPlatform) -> None:
+    outcome, events = run(platform, job(steps=2))
+    assert outcome["answer"] == 42
+    assert [e["event"] for e in events] == ["progress", "progress", "completed"]
+
+
+def test_files_and_links_lie_under_its_root_before_it_starts(platform: LocalPlatform, tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    spec = JobSpec("j", "w", "fixture_program", {}, {"mnt/config/c.yaml": "a: 1"}, {"workspace/weights": tmp_path / "weights"})
+    run(platform, spec)
+    root = platform.home / "jobs/w/j"
+    assert (root / "mnt/config/c.yaml").read_text() == "a: 1"
+    assert (root / "workspace/weights").resolve() == tmp_path / "weights"
+
+
+def test_a_job_that_ended_well_is_not_run_again(platform: LocalPlatform) -> None:
+    run(platform, job())
+    outcome, _ = run(platform, job())
+    assert outcome["answer"] == 42
+    assert starts(platform) == 1
+
+
+def test_a_job_that_still_runs_is_followed_and_not_started_twice(platform: LocalPlatform, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    spec, outcomes = job(wait_for=str(gate)), []
+    threads = [threading.Thread(target=lambda: outcomes.append(run(platform, spec)[0])) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.0)
+    gate.touch()
+    for thread in threads:
+        thread.join()
+    assert [o["answer"] for o in outcomes] == [42, 42, 42]
+    assert starts(platform) == 1
+
+
+def test_a_job_with_other_arguments_replaces_the_one_that_runs(platform: LocalPlatform, tmp_path: Path) -> None:
+    errors: list[Exception] = []
+
+    def first() -> None:
+        try:
+            run(platform, job(wait_for=str(tmp_path / "never")))
+        except Exception as exc:
+            errors.append(exc)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    while not (platform.home / "jobs/w/j/starts").exists():
+        time.sleep(0.05)
+    assert run(platform, job(steps=1))[0]["answer"] == 42
+    thread.join(timeout=10)
+    assert starts(platform) == 2
+
+
+@pytest.mark.parametrize(("code", "error"), [(10, ConfigError), (13, OutOfMemoryError), (77, JobError)])
+def test_a_failed_job_is_raised_as_what_it_said(platform: LocalPlatform, code: int, error: type[Exception]) -> None:
+    with pytest.raises(error, match="a-code: a place: a message \\(a hint\\)"):
+        run(platform, job(failed=code))
+
+
+def test_a_failed_job_is_started_again(platform: LocalPlatform) -> None:
+    for _ in range(2):
+        with pytest.raises(OutOfMemoryError):
+            run(platform, job(failed=13))
+    assert starts(platform) == 2
+
+
+def test_a_job_that_died_without_a_word_is_told_with_its_last_one(platform: LocalPlatform) -> None:
+    with pytest.raises(JobError, match="ended with exit code 5: Traceback: boom"):
+        run(platform, job(silent=5))
+
+
+def test_a_job_that_was_killed_may_be_tried_again(platform: LocalPlatform) -> None:
+    def kill(event: dict[str, Any]) -> None:
+        pid = Process(platform.home / "jobs/w/j").pid
+        if pid is not None:
+            os.killpg(pid, signal.SIGKILL)
+
+    with pytest.raises(KilledError) as caught:
+        platform.run_job(job(steps=100, pause=0.1), kill)
+    assert caught.value.retryable
+
+
+def test_stopping_the_jobs_of_a_workspace_leaves_none(platform: LocalPlatform, tmp_path: Path) -> None:
+    spec = job(wait_for=str(tmp_path / "never"))
+    thread = threading.Thread(target=lambda: pytest.raises(KilledError, run, platform, spec))
+    thread.start()
+    while Process(platform.home / "jobs/w/j").pid is None:
+        time.sleep(0.05)
+    assert platform.stop_jobs("other") == []
+    assert platform.stop_jobs("w") == ["j"]
+    thread.join(timeout=10)
+    assert platform.stop_jobs("w") == []
+
+
+def service(revision: str, port: int | None = None, **arguments: Any) -> ServiceSpec:
+    return ServiceSpec(JobSpec("s", "w", "fixture_program", {"workspace": "w", **arguments}), revision, port)
+
+
+def satisfied(_: Service) -> None:
+    """A probe with no demands."""
+
+
+def test_a_service_comes_up_and_is_found(platform: LocalPlatform) -> None:
+    try:
+        up = platform.ensure_service(service("r1"), satisfied)
+        assert httpx.get(f"{up.url}/health").status_code == 200
+        found = platform.service("w")
+        assert found is not None
+        assert (found.url, found.models, found.revision) == (up.url, ("base", "w"), "r1")
+        assert platform.ensure_service(service("r1"), satisfied).adopted
+    finally:
+        platform.delete("w")
+
+
+def test_a_new_revision_replaces_the_old_only_when_its_probe_is_satisfied(platform: LocalPlatform) -> None:
+    def refuse(_: Service) -> None:
+        raise ServiceError("no good answer")
+
+    try:
+        old = platform.ensure_service(service("r1"), satisfied)
+        with pytest.raises(ServiceError, match="no good answer"):
+            platform.ensure_service(service("r2"), refuse)
+        found = platform.service("w")
+        assert found is not None
+        assert found.url == old.url
+        new = platform.ensure_service(service("r3"), satisfied)
+        assert new.url != old.url
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{old.url}/health")
+    finally:
+        platform.delete("w")
+
+
+def test_a_service_that_ends_before_it_serves_is_told_with_its_last_word(platform: LocalPlatform) -> None:
+    with pytest.raises(JobError, match="no model"):
+        platform.ensure_service(service("r1", fail=True), satisfied)
+    assert platform.service("w") is None
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_starts(platform: LocalPlatform) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(PortTakenError, match=f"port-taken: port {port}"):
+            platform.check_port("w", port)
+        with pytest.raises(PortTakenError):
+            platform.ensure_service(service("r1", port), satisfied)
+    assert not (platform.home / "services/w/r1/job.json").exists()
+
+
+def test_deleting_a_workspace_stops_and_forgets_everything(platform: LocalPlatform) -> None:
+    run(platform, job())
+    platform.ensure_service(service("r1"), satisfied)
+    platform.write_status("w", {"name": "w"})
+    assert platform.delete("w") == ["service r1"]
+    assert platform.service("w") is None
+    assert platform.read_status("w") is None
+    assert not (platform.home / "jobs/w").exists()
+    assert platform.delete("w") == []
+
+
+def test_a_status_is_read_back_as_it_was_written(platform: LocalPlatform) -> None:
+    platform.write_status("b", {"name": "b"})
+    platform.write_status("a", {"name": "a", "n": [1]})
+    assert platform.read_status("a") == {"name": "a", "n": [1]}
+    assert [s["name"] for s in platform.statuses()] == ["a", "b"]
+    assert json.loads((platform.home / "workspaces/a.json").read_text())["n"] == [1]
