@@ -11,6 +11,8 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 ifdef PIP_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
+# Bytecode is kept, or every command would compile the libraries again.
+unexport PYTHONDONTWRITEBYTECODE
 # Without a GPU, PyTorch's build for CPUs: the other one is gigabytes. A folder of wheels has its own.
 TORCH_BACKEND ?= $(if $(UV_FIND_LINKS),,--torch-backend=auto)
 

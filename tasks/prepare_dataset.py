@@ -28,7 +28,7 @@ def prepare(file: WorkspaceFile, plan: Plan, weights: Path, platform: LocalPlatf
     with stage("prepare dataset"):
         sources = fetch(tuning.input.urls, platform.home / "cache" / "downloads", allow_files=True)
         layout = Layout(platform.settings.repository(Reference.parse(tuning.output.image)))
-        parameters = DatasetParameters.from_config(file.training_config)
+        parameters = DatasetParameters.from_config(plan.config)
         dataset = prepare_dataset(sources, weights, parameters, layout)
         tell("prepare dataset", "dataset", reused=dataset.reused, digest=dataset.image.digest, **dataset.facts["splits"])
         log(f"dataset {dataset.image.digest} ({'found' if dataset.reused else 'made'})")

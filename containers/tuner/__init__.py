@@ -1,0 +1,14 @@
+"""The program that trains a LoRA or QLoRA adapter, proves it, and publishes it as an image.
+
+    job.py          what it is told: the job file and training_config.yaml
+    data.py         rows of tokens, their order in an epoch, micro-batches
+    model.py        the base model, in 4 bits for QLoRA, and the adapters on it
+    loss.py         cross-entropy over the tokens that are learned
+    evaluation.py   the loss on held-out data
+    schedule.py     the learning rate of each step
+    checkpoint.py   what a killed training goes on from
+    training.py     the loop
+    image.py        the adapter's image and its model card
+
+The same job gives the same bytes, on whichever machine of the same kind, and however often it was killed on the way.
+"""

@@ -1,95 +1,122 @@
 """`python -m kaito_flows.containers.tuner JOB.json`: train an adapter, prove it, publish it.
 
-Exit codes: 0 published; 2 the job file; 10 the training config; 11 the data; 12 the weights; 13 out of memory; 14 the loss
-diverged; 15 the disk is full; 16 the adapter was not proven; 17 an image; 143 stopped by SIGTERM with a checkpoint.
+Exit codes: 0 published; 2 the job file; 10 the training config; 11 the data; 12 the weights; 13 out of memory; 14 the
+loss diverged; 15 the disk is full; 16 the adapter was not proven; 17 an image; 143 stopped by SIGTERM (the training
+goes on from its checkpoint when the job is started again).
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from kaito_flows.containers.program import emit, run
-from kaito_flows.containers.tuner.job import TunerJob, read_config
-from kaito_flows.errors import ImageError, OutOfMemoryError, UnprovenError
-from kaito_flows.oci.images import open_image
+from kaito_flows.containers.tuner.image import METRICS, published, write_and_publish
+from kaito_flows.containers.tuner.job import TrainingConfig, TunerJob, read_config
+from kaito_flows.containers.tuner.memory import memory_errors
+from kaito_flows.containers.tuner.preemption import Preemption
+from kaito_flows.errors import UnprovenError, disk_errors
+from kaito_flows.oci.images import Image, open_image, read_file
+
+preemption = Preemption()
 
 
 def main(job: TunerJob) -> dict[str, Any]:
-    """Train, prove and publish; a run with the same identity that was published is not trained again."""
-    try:
-        done = open_image(job.output)
-        if done.annotations.get("io.kaito-flows.identity") == job.identity and done.layout.has(done.digest):
-            return {"image": done.reference, "digest": done.digest, "reused": True}
-    except ImageError:
-        emit("stage", name="read inputs")
+    """Train, prove and publish, unless this job's adapter was published before; return the facts of the image."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if (done := published(job)) is not None:
+        _forget_checkpoints(job)
+        metrics = json.loads(read_file(done, f"data/{METRICS}"))
+        return {**_facts(done, metrics), "reused": True, "timings": {}}
     config = read_config(job.config_file, job.method)
-    try:
+    with memory_errors(config):
         return _tune(job, config)
-    except Exception as exc:
-        if _is_out_of_memory(exc):
-            arguments = config.TrainingArguments
-            raise OutOfMemoryError(
-                str(exc).splitlines()[0] or "the machine has too little memory",
-                place=f"max_length {arguments.max_length}, batch {arguments.per_device_train_batch_size}",
-                hint="lower TrainingArguments.max_length or per_device_train_batch_size, or set gradient_checkpointing",
-            ) from exc
-        raise
 
 
-def _tune(job: TunerJob, config: Any) -> dict[str, Any]:
-    from kaito_flows.containers.tuner import data, image, model, training
+def _tune(job: TunerJob, config: TrainingConfig) -> dict[str, Any]:
+    emit("stage", name="load libraries")
+    _prepare_libraries()
+    from kaito_flows.containers.tuner import data, model, training
 
     timings: dict[str, float] = {}
-    clock = time.monotonic()
+    with _stage("read the dataset", timings):
+        source = open_image(job.dataset)
+        data.unpack(source, job.data)
+        dataset = data.load_dataset(job.data)
+    with _stage("load the model", timings):
+        base = model.load_base(job.weights, config)
+        vocabulary = base.get_input_embeddings().weight.shape[0]
+        for name, split in (("train", dataset.train), ("validation", dataset.validation)):
+            if split is not None:
+                split.check_against(vocabulary, model.context_length(base), place=f"{name}.safetensors")
+        adapted = model.adapt(base, job.model.id, config)
+    with _stage("train", timings):
+        state = training.train(adapted, dataset, config, job.identity, job.results, preemption)
+    with _stage("prove", timings):
+        adapter_facts = model.prove(adapted)
+        before, after = (training.evaluation_at(state, step) for step in (0, state.step))
+        _prove_better(before, after)
+    with _stage("publish", timings):
+        metrics = {
+            "evaluation": {"before": before, "after": after},
+            "training": training.training_facts(state, dataset, config.TrainingArguments),
+            "adapter": adapter_facts,
+            "history": state.history,
+        }
+        files = model.adapter_files(adapted)
+        image = write_and_publish(job, config, files, metrics, dataset.facts, source.digest)
+    timings["steps_seconds"] = round(state.seconds, 3)
+    timings["tokens_per_second"] = round(state.tokens / state.seconds, 1)
+    with disk_errors(job.results):
+        (job.results / "timings.json").write_text(json.dumps(timings, indent=1) + "\n")
+    _forget_checkpoints(job)
+    return {**_facts(image, metrics), "reused": False, "timings": timings}
 
-    def lap(name: str) -> None:
-        nonlocal clock
-        timings[name], clock = round(time.monotonic() - clock, 3), time.monotonic()
 
-    dataset = data.unpack(job.dataset, job.data)
-    emit("stage", name="load model")
-    base = model.load_model(job.weights, config)
-    adapted = model.adapt(base, job.model.id, config)
-    vocabulary = base.get_input_embeddings().weight.shape[0]
-    train_split = data.load_split(job.data, "train", vocabulary)
-    if train_split is None:
-        raise data.DatasetError("no train.safetensors", place=job.dataset, code="dataset-damaged")
-    held_out = data.load_split(job.data, "validation", vocabulary)
-    lap("load")
+def _prepare_libraries() -> None:
+    # Everything is on disk: nothing may ask the Hub.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # cuBLAS gives the same sums every time only with a workspace of fixed size.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # On some CPUs bitsandbytes asks for a package with faster kernels; it is not needed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-    emit("stage", name="train")
-    trained = training.train(adapted, train_split, held_out, config.TrainingArguments, job.identity, job.results)
-    lap("train")
 
-    emit("stage", name="prove and publish")
-    facts = model.prove_adapted(adapted, config.LoraConfig.target_modules)
-    if trained.before and trained.after and not trained.after["loss"] < trained.before["loss"]:
+@contextmanager
+def _stage(name: str, timings: dict[str, float]) -> Iterator[None]:
+    """Tell that a stage begins, and remember how long it took; SIGTERM ends the program between stages."""
+    preemption.check()
+    emit("stage", name=name)
+    begun = time.monotonic()
+    yield
+    timings[f"{name.split()[0]}_seconds"] = round(time.monotonic() - begun, 3)
+
+
+def _prove_better(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> None:
+    if before and after and not after["loss"] < before["loss"]:
         raise UnprovenError(
-            f"held-out loss {trained.before['loss']:.4f} before, {trained.after['loss']:.4f} after",
-            hint="the adapter is not better than the base: more data, more steps, or another learning rate",
+            f"held-out loss was {before['loss']:.4f} before training and is {after['loss']:.4f} after it",
+            place="adapter",
+            hint="more or better data, more steps, or another learning_rate",
         )
-    adapted.peft.save_pretrained(job.results, safe_serialization=True, save_embedding_layers=False)
-    image.clean_config(job.results / "adapter_config.json", job.model.id)
-    metrics = {
-        "evaluation": {"before": trained.before, "after": trained.after},
-        "training": trained.training,
-        "adapter": facts,
-        "history": list(trained.history),
-    }
-    published = image.publish(job, config, metrics, dataset)
+
+
+def _facts(image: Image, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    told = {key: value for key, value in metrics.items() if key != "history"}
+    return {"image": image.reference, "digest": image.digest, "metrics": told}
+
+
+def _forget_checkpoints(job: TunerJob) -> None:
     shutil.rmtree(job.results / "checkpoints", ignore_errors=True)
-    lap("publish")
-    return {"image": published.reference, "digest": published.digest, "metrics": metrics, "timings": timings}
-
-
-def _is_out_of_memory(exc: Exception) -> bool:
-    return isinstance(exc, MemoryError) or (
-        isinstance(exc, RuntimeError) and any(t in str(exc) for t in ("out of memory", "can't allocate memory"))
-    )
 
 
 if __name__ == "__main__":
+    preemption.listen()
     run(main, TunerJob, sys.argv)

@@ -1,95 +1,156 @@
-"""Checkpoints: adapter, optimizer and random state in safetensors, the rest in JSON; nothing is pickled.
+"""Checkpoints: what a killed training goes on from. Tensors are in safetensors, the rest is JSON; nothing is pickled.
 
-    checkpoints/step-000020/  adapter.safetensors  optimizer.safetensors  state.json
+    checkpoints/step-000020/   adapter.safetensors  optimizer.safetensors  state.json
 
-A checkpoint is written under another name, synced and renamed: one that has its name is whole.
+A checkpoint is written under another name, synced, and renamed; `state.json` comes last, with the hashes of the others.
+There is no random state in it: each step draws from a seed of its own (see `training`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
 
+from kaito_flows.containers.program import strict
 from kaito_flows.containers.tuner.model import Adapted
-from kaito_flows.errors import disk_errors
+from kaito_flows.errors import KaitoFlowsError, disk_errors
+
+__all__ = ["State", "load_newest", "save"]
+
+ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class State:
+    """Where a training stands after `step` optimizer steps.
+
+    `tokens` (without padding) and `targets` were seen so far; `window_loss` and `window_targets` are sums since the
+    last logged step; `history` has every logged step and evaluation; `seconds` were spent in steps.
+    """
+
+    identity: str
+    step: int = 0
+    tokens: int = 0
+    targets: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    window_loss: float = 0.0
+    window_targets: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
-class State:
-    """Where a training stands after `step` optimizer steps: what it has seen, and the loss it began and is at."""
-
-    identity: str
-    step: int
-    tokens: int
-    trained_tokens: int
-    before: dict[str, float] | None
-    history: int
+class _Saved:
+    state: State
+    sha256: dict[str, str]
 
 
-def save(folder: Path, state: State, adapted: Adapted, optimizer: torch.optim.Optimizer, keep: int) -> None:
-    """Write a checkpoint, then drop all but the newest `keep`.
+def save(folder: Path, state: State, adapted: Adapted, optimizer: torch.optim.Optimizer, *, keep: int) -> None:
+    """Write a checkpoint under `folder`, then remove all but the newest `keep`.
 
     Raises:
-        DiskFullError: no space left; the ones before are still there.
+        DiskFullError: no space left; the checkpoints before are still there.
     """
+    final = folder / f"step-{state.step:06d}"
+    partial = folder / f".{final.name}"
     with disk_errors(folder):
-        final = folder / f"step-{state.step:06d}"
-        partial = folder / f".{final.name}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            save_file({n: p.detach().contiguous() for n, p in adapted.parameters.items()}, partial / "adapter.safetensors")
-            save_file(_optimizer_tensors(adapted, optimizer), partial / "optimizer.safetensors")
-            (partial / "state.json").write_text(json.dumps(asdict(state)))
-            for file in partial.iterdir():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
+            hashes = {
+                ADAPTER: _write(partial / ADAPTER, _tensors(adapted.parameters)),
+                OPTIMIZER: _write(partial / OPTIMIZER, _tensors(_optimizer_state(adapted, optimizer))),
+            }
+            _write(partial / STATE, json.dumps(asdict(_Saved(state, hashes))).encode())
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        _sync(folder)
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def load_newest(folder: Path, identity: str, adapted: Adapted, optimizer: torch.optim.Optimizer) -> State | None:
-    """Load the newest whole checkpoint of the same identity into model, optimizer and random state."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        try:
-            state = State(**json.loads((path / "state.json").read_bytes()))
-        except (OSError, ValueError, TypeError):
-            continue
-        if state.identity != identity:
-            continue
-        for name, tensor in load_file(path / "adapter.safetensors").items():
-            adapted.parameters[name].data.copy_(tensor)
-        _load_optimizer(adapted, optimizer, load_file(path / "optimizer.safetensors"))
-        return state
+    """Bring model and optimizer to the newest whole checkpoint of that identity, and return its state, if there is one.
+
+    Checkpoints that are damaged, or of another identity, are removed.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        for path in sorted(folder.iterdir(), reverse=True):
+            try:
+                if not path.name.startswith("step-"):
+                    raise ValueError("not finished")
+                saved = strict(_Saved, json.loads((path / STATE).read_bytes()), place=path.name)
+                if saved.state.identity != identity:
+                    raise ValueError("of another run")
+                adapter, moments = (_read(path / name, saved.sha256[name]) for name in (ADAPTER, OPTIMIZER))
+                if adapter.keys() != adapted.parameters.keys():
+                    raise ValueError("of another adapter")
+            except (OSError, ValueError, KeyError, KaitoFlowsError, safetensors.SafetensorError) as exc:
+                _logger.warning("the checkpoint %s is removed: %s", path, exc)
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            with torch.no_grad():
+                for name, parameter in adapted.parameters.items():
+                    parameter.copy_(adapter[name])
+            _restore(optimizer, adapted, moments)
+            return saved.state
     return None
 
 
-def _optimizer_tensors(adapted: Adapted, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    tensors = {"rng.cpu": torch.get_rng_state()}
-    if adapted.device.type == "cuda":
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    for name, parameter in adapted.parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = value.detach().contiguous()
-    return tensors
+def _optimizer_state(adapted: Adapted, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{key}:{name}": value
+        for name, parameter in adapted.parameters.items()
+        for key, value in optimizer.state[parameter].items()
+    }
 
 
-def _load_optimizer(adapted: Adapted, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(tensors.pop("rng.cpu"))
-    if "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors.pop("rng.cuda"))
+def _restore(optimizer: torch.optim.Optimizer, adapted: Adapted, tensors: Mapping[str, torch.Tensor]) -> None:
     for key_and_name, tensor in tensors.items():
-        key, _, name = key_and_name.partition(".")
+        key, _, name = key_and_name.partition(":")
         parameter = adapted.parameters[name]
-        # AdamW keeps its step count on the CPU.
-        optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)
+        optimizer.state[parameter][key] = tensor.to(parameter.device)
+
+
+def _tensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    # Made in memory: safetensors' own writing has an error of its own for a full disk.
+    return safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+
+
+def _write(path: Path, content: bytes) -> str:
+    """Write and sync a file, and return its sha256."""
+    with path.open("wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+    return hashlib.sha256(content).hexdigest()
+
+
+def _read(path: Path, sha256: str) -> dict[str, torch.Tensor]:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"{path.name} is damaged")
+    return safetensors.torch.load(content)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

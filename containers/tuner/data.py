@@ -1,8 +1,15 @@
-"""The prepared dataset: rows of tokens, and the order in which an epoch goes through them."""
+"""The prepared dataset: rows of tokens, the order in which an epoch goes through them, and micro-batches.
+
+input_ids      t t t t t t | t t t | p p p      three documents in a row; the last is padding
+position_ids   0 1 2 3 4 5 | 0 1 2 | 0 1 2      restart at each document
+loss_mask      0 0 0 1 1 1 | 0 0 1 | 0 0 0      1: this token is predicted, from those before it in its document
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,96 +19,196 @@ import torch
 from safetensors.torch import load_file
 
 from kaito_flows.errors import DatasetError, disk_errors
-from kaito_flows.oci.images import extract, open_image
+from kaito_flows.oci.images import Image, extract
 
+__all__ = ["Batch", "Dataset", "Split", "epoch_order", "load_dataset", "unpack"]
+
+FORMAT_VERSION = 1
 NAMES = ("input_ids", "loss_mask", "position_ids")
+_DIGEST = ".digest"
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows for one micro-step: token ids and positions, int64 [rows, length], and the targets' mask, bool."""
+    """Rows for one micro-step.
+
+    `input_ids` and `position_ids` are int64 `[rows, length]`. Each of the `labels` (int64 `[targets]`) is predicted
+    from the token at its place in `sources` (int64 `[targets]`, counted through the flattened rows). `tokens` counts
+    those that are not padding.
+    """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    loss_mask: torch.Tensor
+    sources: torch.Tensor
+    labels: torch.Tensor
+    tokens: int
 
     @property
     def targets(self) -> int:
-        """How many tokens are predicted with loss."""
-        return int(self.loss_mask.sum())
+        """How many tokens are predicted."""
+        return self.labels.shape[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A split: int32 [rows, length] each. Documents are told apart by positions that restart at 0."""
+    """The rows of a split that hold targets, `[rows, length]` each; `lengths` `[rows]` are without the padding."""
 
     input_ids: torch.Tensor
     loss_mask: torch.Tensor
     position_ids: torch.Tensor
+    lengths: torch.Tensor
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
-    def batch(self, rows: torch.Tensor | slice, device: torch.device) -> Batch:
-        """Return these rows on the device. A document's first token has no predecessor, so it is never a target."""
-        positions = self.position_ids[rows]
+    def batch(self, rows: torch.Tensor, device: torch.device) -> Batch:
+        """Return these rows on the device, without the padding that all of them have."""
+        # A multiple of 8 suits the matrix units of GPUs.
+        length = min(-(-int(self.lengths[rows].max()) // 8) * 8, self.input_ids.shape[1])
+        ids = self.input_ids[rows, :length].long()
+        positions = self.position_ids[rows, :length].long()
+        # A document's first token has nothing before it.
+        is_target = (self.loss_mask[rows, :length] != 0) & (positions != 0)
+        labels_at = is_target.flatten().nonzero()[:, 0]
         return Batch(
-            self.input_ids[rows].long().to(device),
-            positions.long().to(device),
-            ((self.loss_mask[rows] != 0) & (positions != 0)).to(device),
+            input_ids=ids.to(device),
+            position_ids=positions.to(device),
+            sources=(labels_at - 1).to(device),
+            labels=ids.flatten()[labels_at].to(device),
+            tokens=int(self.lengths[rows].sum()),
         )
 
+    def batches(self, rows: torch.Tensor, size: int, device: torch.device) -> Iterator[Batch]:
+        """Yield the rows, `size` at a time, in their order."""
+        for start in range(0, len(rows), size):
+            yield self.batch(rows[start : start + size], device)
 
-def epoch_order(rows: int, seed: int, epoch: int) -> torch.Tensor:
-    """The order of the rows in an epoch: a permutation that depends on the seed and the epoch alone."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(rows, generator=generator)
+    def check_against(self, vocabulary: int, context: int | None, *, place: str) -> None:
+        """See that the model knows every token id, and has room for the longest document.
+
+        Raises:
+            DatasetError: (code `dataset-misfit`) not so.
+        """
+        low, high = int(self.input_ids.min()), int(self.input_ids.max())
+        if low < 0 or high >= vocabulary:
+            wrong = high if high >= vocabulary else low
+            message = f"holds token id {wrong}, but the model knows 0 to {vocabulary - 1}"
+            hint = "the dataset was made with another tokenizer"
+            raise DatasetError(message, place=place, hint=hint, code="dataset-misfit")
+        longest = int(self.position_ids.max()) + 1
+        if context is not None and longest > context:
+            message = f"holds a document of {longest} tokens, but the model's context is {context}"
+            raise DatasetError(message, place=place, hint="lower max_length", code="dataset-misfit")
 
 
-def unpack(image: str, folder: Path) -> dict[str, Any]:
-    """Unpack the dataset image under `folder`, unless it is there; return what `dataset.json` says.
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """The splits, and what `dataset.json` says; without held-out data `validation` is None."""
+
+    train: Split
+    validation: Split | None
+    facts: dict[str, Any]
+
+
+def epoch_order(rows: int, seed: int, epoch: int, *, shuffle: bool) -> torch.Tensor:
+    """Return the order of the rows in an epoch, int64 `[rows]`; it depends on the arguments alone."""
+    if not shuffle:
+        return torch.arange(rows)
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed + 1_000_003 * epoch))
+
+
+def unpack(image: Image, folder: Path) -> None:
+    """Bring the dataset image's `data/` into `folder`, unless that image lies there.
 
     Raises:
-        ImageError: no such image.
-        DatasetError: it is no dataset.
+        ImageError: (code `image-damaged`) a layer is not a tar.
         DiskFullError: no space left.
     """
-    opened = open_image(image)
-    marker = folder / ".digest"
-    if not marker.exists() or marker.read_text() != opened.digest:
-        extract(opened, folder)
-        with disk_errors(folder):
-            marker.write_text(opened.digest)
-    try:
-        facts: dict[str, Any] = json.loads((folder / "data/dataset.json").read_bytes())
-    except (OSError, ValueError) as exc:
-        raise DatasetError(f"dataset.json cannot be read: {exc}", place=image, code="dataset-damaged") from exc
-    return facts
+    marker = folder / _DIGEST
+    if marker.is_file() and marker.read_text(encoding="utf-8") == image.digest:
+        return
+    with disk_errors(folder):
+        # The folder may be a volume, which cannot be renamed to: its files are replaced, and the marker comes last.
+        partial = folder / ".partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.unlink(missing_ok=True)
+        for old in (*folder.glob("*.safetensors"), *folder.glob("*.json")):
+            old.unlink()
+        try:
+            extract(image, partial)
+            for path in sorted(partial.glob("data/*")):
+                path.replace(folder / path.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        marker.write_text(image.digest, encoding="utf-8")
 
 
-def load_split(folder: Path, name: str, vocabulary: int) -> Split | None:
-    """Load a split; None when the dataset has none of that name.
+def load_dataset(folder: Path) -> Dataset:
+    """Read an unpacked dataset.
 
     Raises:
-        DatasetError: (code `dataset-damaged`) missing tensors, shapes that differ, ids outside of the vocabulary.
+        DatasetError: (code `dataset-damaged`) a file or tensor is missing, shapes differ, positions jump; or nothing is
+            to be learned.
     """
-    path = folder / "data" / f"{name}.safetensors"
-    if not path.exists():
-        return None
-    place = f"{name}.safetensors"
+    path = folder / "dataset.json"
+    try:
+        facts: dict[str, Any] = json.loads(path.read_bytes())
+        version, pad = facts["format_version"], int(facts["pad_token_id"])
+    except OSError as exc:
+        raise _damaged("is missing", path) from exc
+    except (ValueError, TypeError, KeyError) as exc:
+        raise _damaged(f"is not what a dataset's facts look like: {exc!r}", path) from exc
+    if version != FORMAT_VERSION:
+        raise _damaged(f"format version {version}, and only {FORMAT_VERSION} is known", path)
+    validation = folder / "validation.safetensors"
+    return Dataset(
+        train=_load_split(folder / "train.safetensors", pad),
+        validation=_load_split(validation, pad) if validation.exists() else None,
+        facts=facts,
+    )
+
+
+def _load_split(path: Path, pad: int) -> Split:
+    if not path.is_file():
+        raise _damaged("is missing", path)
     try:
         tensors = load_file(path)
     except (OSError, safetensors.SafetensorError) as exc:
-        raise DatasetError(f"cannot be read: {exc}", place=place, code="dataset-damaged") from exc
-    missing = [n for n in NAMES if n not in tensors]
-    if missing:
-        raise DatasetError(f"no tensor {missing[0]!r}", place=place, code="dataset-damaged")
-    shapes = {tuple(tensors[n].shape) for n in NAMES}
-    if len(shapes) != 1 or tensors["input_ids"].ndim != 2 or 0 in tensors["input_ids"].shape:
-        raise DatasetError(f"shapes are {sorted(shapes)}", place=place, code="dataset-damaged")
-    highest = int(tensors["input_ids"].max())
-    if highest >= vocabulary or int(tensors["input_ids"].min()) < 0:
-        message = f"token id {highest}, and the model knows {vocabulary}"
-        hint = "the dataset was made with another tokenizer"
-        raise DatasetError(message, place=place, hint=hint, code="dataset-damaged")
-    return Split(tensors["input_ids"], tensors["loss_mask"], tensors["position_ids"])
+        raise _damaged(f"cannot be read: {exc}", path) from exc
+    for name in NAMES:
+        if name not in tensors:
+            raise _damaged(f"has no tensor {name!r}", path)
+        if tensors[name].is_floating_point() or tensors[name].ndim != 2:
+            raise _damaged(f"{name} must be integers [rows, length]", path)
+    shapes = {name: list(tensors[name].shape) for name in NAMES}
+    if len(set(map(tuple, shapes.values()))) != 1:
+        told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise _damaged(f"shapes differ: {told}", path)
+    ids, mask, positions = (tensors[name] for name in NAMES)
+    if ids.numel() == 0:
+        raise _damaged("holds no tokens", path)
+    steps = positions[:, 1:] - positions[:, :-1]
+    if bool((positions[:, 0] != 0).any()) or bool(((steps != 1) & (positions[:, 1:] != 0)).any()):
+        raise _damaged("position_ids must count up, and restart at 0", path)
+    learned = ((mask != 0) & (positions != 0)).any(dim=1)
+    if not bool(learned.any()):
+        raise _damaged("holds no token that is learned", path)
+    lengths = _lengths(ids, mask, positions, pad)
+    if not bool(learned.all()):
+        ids, mask, positions, lengths = (tensor[learned] for tensor in (ids, mask, positions, lengths))
+    return Split(ids, mask, positions, lengths)
+
+
+def _lengths(ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, pad: int) -> torch.Tensor:
+    """Return each row's tokens before the padding, int64 `[rows]`."""
+    places = torch.arange(ids.shape[1])
+    last_document = torch.where(positions == 0, places, 0).amax(dim=1)
+    in_last = places >= last_document[:, None]
+    is_padding = ((ids == pad) & (mask == 0)) | ~in_last
+    return torch.where(is_padding.all(dim=1), last_document, ids.shape[1])
+
+
+def _damaged(message: str, path: Path) -> DatasetError:
+    hint = "have the dataset made again"
+    return DatasetError(message, place=path.name, hint=hint, code="dataset-damaged")

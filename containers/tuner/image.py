@@ -1,4 +1,4 @@
-"""The adapter's image: what PEFT and vLLM need, the tokenizer, the model card and what was measured.
+"""The adapter's files and image: what PEFT and vLLM need, the tokenizer, the model card, and what was measured.
 
 Nothing of the hour or the machine is in it: the same inputs give the same digest.
 """
@@ -6,88 +6,169 @@ Nothing of the hour or the machine is in it: the same inputs give the same diges
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kaito_flows import __version__
 from kaito_flows.containers.tuner.job import TrainingConfig, TunerJob
+from kaito_flows.errors import ImageError, disk_errors
 from kaito_flows.oci.images import Content, Image, build_image, open_image
 from kaito_flows.oci.layout import Layout
 from kaito_flows.oci.reference import LayoutReference
 
+__all__ = ["IDENTITY", "METRICS", "AdapterFiles", "published", "write_and_publish"]
+
+IDENTITY = "io.kaito-flows.identity"
+WEIGHTS, CONFIG, METRICS, CARD = "adapter_model.safetensors", "adapter_config.json", "metrics.json", "README.md"
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "tokenizer.model", "vocab.json", "merges.txt",
+)  # fmt: skip
 
 
-def publish(job: TunerJob, config: TrainingConfig, metrics: dict[str, Any], dataset: dict[str, Any]) -> Image:
-    """Write the image from `results`, under the tag of the run."""
-    tokenizer: dict[str, Content] = {
-        f"data/{name}": job.weights / name for name in TOKENIZER_FILES if (job.weights / name).is_file()
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """What PEFT reads: the bytes of `adapter_model.safetensors`, and what `adapter_config.json` says."""
+
+    weights: bytes
+    config: Mapping[str, Any]
+
+
+def published(job: TunerJob) -> Image | None:
+    """Return the whole image that this very job published before, if it did."""
+    try:
+        image = open_image(job.output)
+    except ImageError:
+        return None
+    return image if image.annotations.get(IDENTITY) == job.identity and image.layout.has(image.digest) else None
+
+
+def write_and_publish(
+    job: TunerJob,
+    config: TrainingConfig,
+    adapter: AdapterFiles,
+    metrics: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    dataset_digest: str,
+) -> Image:
+    """Write the adapter into `results`, and its image under the job's output tag.
+
+    Args:
+        job: what is done for whom.
+        config: how it was trained.
+        adapter: the trained adapter.
+        metrics: for `metrics.json`.
+        facts: the dataset's `dataset.json`.
+        dataset_digest: the dataset image's.
+
+    Raises:
+        DiskFullError: no space left.
+    """
+    files = {
+        WEIGHTS: adapter.weights,
+        CONFIG: _json(adapter.config),
+        METRICS: _json(metrics),
+        CARD: model_card(job, config, metrics, facts).encode(),
     }
-    small: dict[str, Content] = {
-        "data/adapter_config.json": job.results / "adapter_config.json",
-        "data/metrics.json": json.dumps(metrics, indent=1, sort_keys=True).encode(),
-        "data/README.md": model_card(job, config, metrics, dataset).encode(),
-        **tokenizer,
-    }
-    output = LayoutReference.parse(job.output)
+    with disk_errors(job.results):
+        for name, content in files.items():
+            _replace(job.results / name, content)
+    inside: dict[str, Content] = {f"data/{name}": job.results / name for name in files}
+    weights = {f"data/{WEIGHTS}": inside.pop(f"data/{WEIGHTS}")}
+    tokenizer = {f"data/{n}": job.weights / n for n in TOKENIZER_FILES if (job.weights / n).is_file()}
     annotations = {
         "sh.kaito.model.name": job.model.preset,
         "org.opencontainers.image.title": job.workspace,
-        "org.opencontainers.image.description": f"{job.method} adapter for {job.model.id}",
-        "io.kaito-flows.identity": job.identity,
-        "io.kaito-flows.dataset": open_image(job.dataset).digest,
-        "io.kaito-flows.method": job.method,
+        "org.opencontainers.image.description": f"{_METHODS[job.method]} adapter for {job.model.id}",
+        IDENTITY: job.identity,
         "io.kaito-flows.base-model": job.model.id,
         "io.kaito-flows.base-model-revision": job.model.revision,
+        "io.kaito-flows.dataset": dataset_digest,
+        "io.kaito-flows.method": job.method,
         "io.kaito-flows.tuner-version": __version__,
     }
-    weights: dict[str, Content] = {"data/adapter_model.safetensors": job.results / "adapter_model.safetensors"}
-    return build_image(Layout(output.path), [weights, small], annotations=annotations, tag=output.tag)
+    output = LayoutReference.parse(job.output)
+    return build_image(Layout(output.path), [weights, {**inside, **tokenizer}], annotations=annotations, tag=output.tag)
 
 
-def clean_config(path: Path, model_id: str) -> None:
-    """Take the machine out of `adapter_config.json`: sorted keys and lists, the base by its id."""
-    raw = json.loads(path.read_bytes())
-    raw["base_model_name_or_path"] = model_id
-    raw["target_modules"] = sorted(raw["target_modules"])
-    path.write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+_METHODS = {"lora": "LoRA", "qlora": "QLoRA"}
 
 
-def model_card(job: TunerJob, config: TrainingConfig, metrics: dict[str, Any], dataset: dict[str, Any]) -> str:
-    """Write the model card that the Hub and people read."""
-    lora, arguments = config.LoraConfig, config.TrainingArguments
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def model_card(job: TunerJob, config: TrainingConfig, metrics: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """Return the model card, as the Hub reads it: front matter, what it is, how it was made, how to use it."""
+    front = ["---", f"base_model: {json.dumps(job.model.id)}", "library_name: peft", "pipeline_tag: text-generation"]
+    front += ["tags:", "- lora", *(["- qlora"] if job.method == "qlora" else []), "- kaito", "- kaito-flows", "---", ""]
+    what = (
+        f"A {_METHODS[job.method]} adapter for [{job.model.id}](https://huggingface.co/{job.model.id}), "
+        f"trained by kaito-flows {__version__} on {facts['splits']['train']['documents']:,} chats."
+    )
+    return "\n".join([
+        *front, f"# {job.workspace}", "", what, "",
+        *_held_out(metrics), *_data(facts), *_settings(job, config, metrics), *_use(job),
+    ])  # fmt: skip
+
+
+def _held_out(metrics: Mapping[str, Any]) -> list[str]:
     before, after = metrics["evaluation"]["before"], metrics["evaluation"]["after"]
-    training = metrics["training"]
+    if not (before and after):
+        return ["No data was held out: what the adapter is worth on new data was not measured.", ""]
+    return [
+        f"## Held-out data ({after['tokens']:,} tokens)", "",
+        "| | base model | with the adapter |", "|---|---:|---:|",
+        f"| loss | {before['loss']:.4f} | {after['loss']:.4f} |",
+        f"| perplexity | {before['perplexity']:.2f} | {after['perplexity']:.2f} |", "",
+    ]  # fmt: skip
+
+
+def _data(facts: Mapping[str, Any]) -> list[str]:
+    rows = [f"| {s.get('url', '')} | {s.get('rows', '')} | `{s['sha256']}` |" for s in facts.get("sources", ())]
+    return ["## Data", "", "| source | rows | sha256 |", "|---|---:|---|", *rows, ""] if rows else []
+
+
+def _settings(job: TunerJob, config: TrainingConfig, metrics: Mapping[str, Any]) -> list[str]:
+    lora, arguments, bits = config.LoraConfig, config.TrainingArguments, config.QuantizationConfig
+    training, adapter = metrics["training"], metrics["adapter"]
+    kind = bits.bnb_4bit_quant_type.upper() + (", double quantisation" if bits.bnb_4bit_use_double_quant else "")
+    variants = [name for name, used in (("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora)) if used]
     rows = {
-        "method": job.method,
+        "base model revision": f"`{job.model.revision}`",
+        "base model in": f"4 bits ({kind})" if bits.load_in_4bit else config.ModelConfig.torch_dtype,
         "rank, alpha, dropout": f"{lora.r}, {lora.lora_alpha:g}, {lora.lora_dropout:g}",
-        "target modules": ", ".join(sorted(lora.target_modules)),
-        "learning rate": f"{arguments.learning_rate:g} ({arguments.lr_scheduler_type})",
-        "steps, epochs": f"{training['steps']}, {training['epochs']:g}",
-        "tokens seen, learned": f"{training['tokens']:,}, {training['trained_tokens']:,}",
-        "sequence length": str(arguments.max_length),
+        **({"variant": ", ".join(variants)} if variants else {}),
+        "adapted": f"{', '.join(adapter['target_modules'])} ({adapter['modules_adapted']} modules)",
+        "trained parameters": f"{adapter['parameters']:,}",
+        "steps, epochs": f"{training['steps']:,}, {training['epochs']:g}",
+        "rows a step, tokens a row": f"{arguments.rows_a_step}, {arguments.max_length}",
+        "tokens read, learned": f"{training['tokens']:,}, {training['trained_tokens']:,}",
+        "learning rate": f"{arguments.learning_rate:g}, {arguments.lr_scheduler_type}",
+        "optimizer": f"AdamW, weight decay {arguments.weight_decay:g}, gradient norm to {arguments.max_grad_norm:g}",
         "seed": str(arguments.seed),
-        "kaito-flows": __version__,
         "run identity": f"`{job.identity}`",
     }
-    lines = ["---", f"base_model: {job.model.id}", "library_name: peft", "pipeline_tag: text-generation"]
-    lines += ["tags:", "- lora", "- kaito", "- kaito-flows", "---", "", f"# {job.workspace}", ""]
-    lines += [f"A LoRA adapter for [{job.model.id}](https://huggingface.co/{job.model.id}), made by kaito-flows.", ""]
-    if before and after:
-        lines += ["| held-out data | before | after |", "|---|---:|---:|"]
-        lines += [f"| loss | {before['loss']:.4f} | {after['loss']:.4f} |"]
-        lines += [f"| perplexity | {before['perplexity']:.2f} | {after['perplexity']:.2f} |", ""]
-    lines += ["## Training", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
-    lines += ["## Data", "", "| sha256 | rows |", "|---|---:|"]
-    lines += [f"| `{source['sha256']}` | {source['rows']:,} |" for source in dataset.get("sources", [])]
-    lines += ["", "## Use", "", "```python", "from peft import PeftModel"]
-    lines += ["from transformers import AutoModelForCausalLM", ""]
-    lines += [f'base = AutoModelForCausalLM.from_pretrained("{job.model.id}")']
-    lines += ['model = PeftModel.from_pretrained(base, "data")  # the folder inside this image', "```", ""]
-    return "\n".join(lines)
+    return ["## Training", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
+
+
+def _use(job: TunerJob) -> list[str]:
+    return [
+        "## Use", "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained("{job.model.id}", dtype="auto")',
+        'model = PeftModel.from_pretrained(base, "data")  # the folder inside this image',
+        'tokenizer = AutoTokenizer.from_pretrained("data")',
+        "```", "",
+    ]  # fmt: skip

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
 from kaito_flows.containers.program import strict
 from kaito_flows.errors import ConfigError, InputError
+
+__all__ = [
+    "CONFIG_NAME",
+    "DataCollator",
+    "DatasetConfig",
+    "LoraConfig",
+    "Model",
+    "ModelConfig",
+    "QuantizationConfig",
+    "TrainingArguments",
+    "TrainingConfig",
+    "TunerJob",
+    "read_config",
+]
+
+CONFIG_NAME = "training_config.yaml"
+ROOT_KEY = "training_config"
 
 DType = Literal["bfloat16", "float16", "float32"]
 
@@ -25,25 +44,31 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class TunerJob:
-    """The job file; `root` is `/` in a pod."""
+    """The job file; `root` is `/` in a pod.
+
+    Raises:
+        InputError: a value that cannot be used, with its key.
+    """
 
     version: Literal[1]
     workspace: str
     identity: str
     root: Path
-    method: Literal["qlora", "lora"]
+    method: Literal["lora", "qlora"]
     model: Model
     dataset: str
     output: str
 
     def __post_init__(self) -> None:
-        if len(self.identity) != 64:
+        if not re.fullmatch(r"[0-9a-f]{64}", self.identity):
             raise InputError("must be 64 hex digits", place="identity", code="invalid-job")
+        if not self.root.is_absolute():
+            raise InputError(f"{str(self.root)!r} is not an absolute path", place="root", code="invalid-job")
 
     @property
     def config_file(self) -> Path:
         """The resolved training config."""
-        return self.root / "mnt/config/training_config.yaml"
+        return self.root / "mnt/config" / CONFIG_NAME
 
     @property
     def data(self) -> Path:
@@ -63,10 +88,10 @@ class TunerJob:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """How the base model is loaded."""
+    """How the base model is loaded: on the one device there is, from its folder."""
 
     torch_dtype: DType
-    local_files_only: bool
+    local_files_only: Literal[True]
     device_map: Literal["auto"]
     attn_implementation: Literal["sdpa", "eager"]
 
@@ -76,7 +101,7 @@ class QuantizationConfig:
     """bitsandbytes' settings."""
 
     load_in_4bit: bool
-    load_in_8bit: bool
+    load_in_8bit: Literal[False]
     bnb_4bit_quant_type: Literal["nf4", "fp4"]
     bnb_4bit_compute_dtype: DType
     bnb_4bit_use_double_quant: bool
@@ -84,12 +109,12 @@ class QuantizationConfig:
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """PEFT's settings."""
+    """PEFT's settings; `target_modules` are the ends of module names."""
 
     r: int
     lora_alpha: float
     lora_dropout: float
-    target_modules: list[str]
+    target_modules: tuple[str, ...]
     bias: Literal["none"]
     use_rslora: bool
     use_dora: bool
@@ -97,7 +122,11 @@ class LoraConfig:
 
 @dataclass(frozen=True, slots=True)
 class TrainingArguments:
-    """The settings of the loop."""
+    """The settings of the loop, as transformers names them.
+
+    With `save_strategy: no` a checkpoint is still kept each `save_steps`: it is what a killed run goes on from, and is
+    removed when the adapter is published.
+    """
 
     output_dir: str
     num_train_epochs: float
@@ -128,36 +157,97 @@ class TrainingArguments:
     ddp_find_unused_parameters: bool
     report_to: Literal["none"]
 
+    @property
+    def rows_a_step(self) -> int:
+        """Rows in an optimizer step; an epoch's last may have fewer."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetConfig:
+    """How the dataset was made. Of the loop's concern is only whether rows are trained on in their own order."""
+
+    shuffle_dataset: bool
+    shuffle_seed: int
+    train_test_split: float
+    messages_column: str | None
+    context_column: str | None
+    response_column: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DataCollator:
+    """KAITO's collator section; `mlm` says nothing to causal models."""
+
+    mlm: bool
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingConfig:
-    """The sections that the tuner reads; DatasetConfig and DataCollator have done their work before."""
+    """The resolved config: every section, every key."""
 
     ModelConfig: ModelConfig
     QuantizationConfig: QuantizationConfig
     LoraConfig: LoraConfig
     TrainingArguments: TrainingArguments
-    DatasetConfig: dict[str, Any]
-    DataCollator: dict[str, Any]
+    DatasetConfig: DatasetConfig
+    DataCollator: DataCollator
 
 
 def read_config(path: Path, method: str) -> TrainingConfig:
     """Read the resolved config.
 
     Raises:
-        ConfigError: not there, not YAML, an unknown or missing key, a wrong type, or bits that the method does not take.
+        ConfigError: not there, not YAML; a key that is unknown or missing, a value of the wrong type or out of its
+            range; or bits that the method does not take.
     """
     try:
-        loaded = yaml.safe_load(path.read_text())
-        root = loaded["training_config"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as exc:
-        raise ConfigError(f"cannot be read: {exc}", place=path.name) from exc
-    config = strict(TrainingConfig, root, place=path.name, error=ConfigError)
-    bits = config.QuantizationConfig
-    if bits.load_in_8bit or bits.load_in_4bit != (method == "qlora"):
-        raise ConfigError(
-            f"method {method!r} with load_in_4bit={bits.load_in_4bit}, load_in_8bit={bits.load_in_8bit}",
-            place=f"{path.name}: QuantizationConfig",
-            hint="qlora takes load_in_4bit: true, lora takes neither",
-        )
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigError(f"cannot be read: {exc.strerror}", place=str(path)) from exc
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"not YAML: {exc}", place=path.name) from exc
+    if not isinstance(loaded, dict) or set(loaded) != {ROOT_KEY}:
+        raise ConfigError(f"the root must be a mapping with the one key {ROOT_KEY!r}", place=path.name)
+    config = strict(TrainingConfig, loaded[ROOT_KEY], place=path.name, error=ConfigError)
+    _check_ranges(config, path.name)
+    if config.QuantizationConfig.load_in_4bit != (method == "qlora"):
+        needed = "must be true" if method == "qlora" else "must be false"
+        place = f"{path.name}: QuantizationConfig.load_in_4bit"
+        raise ConfigError(f"{needed} for method {method!r}", place=place, hint="or use the other method")
     return config
+
+
+_AT_LEAST_ONE = (
+    "LoraConfig.r", "TrainingArguments.per_device_train_batch_size", "TrainingArguments.per_device_eval_batch_size",
+    "TrainingArguments.gradient_accumulation_steps", "TrainingArguments.logging_steps", "TrainingArguments.save_steps",
+    "TrainingArguments.save_total_limit", "TrainingArguments.eval_steps",
+)  # fmt: skip
+_ABOVE_ZERO = ("LoraConfig.lora_alpha", "TrainingArguments.num_train_epochs", "TrainingArguments.adam_epsilon")
+_NOT_NEGATIVE = (
+    "TrainingArguments.learning_rate", "TrainingArguments.warmup_steps", "TrainingArguments.weight_decay",
+    "TrainingArguments.max_grad_norm", "TrainingArguments.seed",
+)  # fmt: skip
+_BELOW_ONE = (
+    "LoraConfig.lora_dropout", "TrainingArguments.warmup_ratio", "TrainingArguments.adam_beta1",
+    "TrainingArguments.adam_beta2",
+)  # fmt: skip
+
+
+def _check_ranges(config: TrainingConfig, place: str) -> None:
+    rules: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+        (_AT_LEAST_ONE, lambda v: v >= 1, "must be at least 1"),
+        (_ABOVE_ZERO, lambda v: 0 < v < float("inf"), "must be above 0"),
+        (_NOT_NEGATIVE, lambda v: 0 <= v < float("inf"), "must not be negative"),
+        (_BELOW_ONE, lambda v: 0 <= v < 1, "must be from 0 up to but not including 1"),
+    )
+    for keys, holds, must in rules:
+        for key in keys:
+            section, name = key.split(".")
+            value = getattr(getattr(config, section), name)
+            if not holds(value):
+                raise ConfigError(f"{must}, not {value}", place=f"{place}: {key}")
+    if config.TrainingArguments.max_steps < 1 and config.TrainingArguments.max_steps != -1:
+        raise ConfigError("must be at least 1, or -1: by epochs", place=f"{place}: TrainingArguments.max_steps")
+    if not config.LoraConfig.target_modules:
+        raise ConfigError("names no module", place=f"{place}: LoraConfig.target_modules")

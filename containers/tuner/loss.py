@@ -1,4 +1,4 @@
-"""The loss: cross-entropy over the target tokens alone, in float32, summed."""
+"""The loss: cross-entropy over the tokens that are learned, in float32, summed."""
 
 from __future__ import annotations
 
@@ -9,16 +9,27 @@ from torch.nn import functional
 
 from kaito_flows.containers.tuner.data import Batch
 
+__all__ = ["loss_sum"]
+
 
 def loss_sum(model: Any, batch: Batch) -> torch.Tensor:
-    """Sum the cross-entropy of each target token given what stands before it in its document.
+    """Sum the cross-entropy of each target given what stands before it in its document.
 
-    Logits are made only where a target follows: on a small model with a large vocabulary they are most of the work.
+    Args:
+        model: a causal language model of transformers, with or without adapters.
+        batch: rows with at least one target.
+
+    Logits are made only where a target follows: with a large vocabulary they are most of a small model's work. What the
+    model does with logits (Gemma caps them) it does to these.
     """
-    hidden = model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
-    before = batch.loss_mask[:, 1:]
-    logits = model.lm_head(hidden[:, :-1][before]).float()
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    if cap:
-        logits = cap * torch.tanh(logits / cap)
-    return functional.cross_entropy(logits, batch.input_ids[:, 1:][before], reduction="sum")
+
+    def select(_head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (inputs[0].flatten(0, 1).index_select(0, batch.sources)[None],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        # No attention mask, and no cache: then positions that restart keep the documents of a row apart.
+        output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    finally:
+        hook.remove()
+    return functional.cross_entropy(output.logits[0].float(), batch.labels, reduction="sum")

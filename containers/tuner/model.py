@@ -1,150 +1,209 @@
-"""The base model, quantised where the method says so, with LoRA adapters on the layers that the config names."""
+"""The base model, in 4 bits where the method says so, with LoRA adapters on the layers that the config names."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
+import safetensors.torch
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
 
-from kaito_flows.containers.tuner.job import TrainingConfig
+from kaito_flows.containers.tuner.image import AdapterFiles
+from kaito_flows.containers.tuner.job import CONFIG_NAME, LoraConfig, QuantizationConfig, TrainingConfig
+from kaito_flows.containers.tuner.memory import is_out_of_memory
 from kaito_flows.errors import ConfigError, UnprovenError, WeightsError
 
-# On some CPUs bitsandbytes asks for a package with faster kernels; it is not needed.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+__all__ = ["Adapted", "adapt", "adapter_files", "context_length", "load_base", "prove"]
 
-FLOOR_B = "lora_B"
+# The libraries' own annotations are partial; what is called here is untyped.
+_AutoConfig: Any = AutoConfig
+_AutoModel: Any = AutoModelForCausalLM
+_BitsAndBytes: Any = BitsAndBytesConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """A model with adapters: PEFT's wrapper, what it wraps, and the trainable parameters by name."""
+    """A model with adapters.
 
+    `model` is the causal language model with the adapters in it, `peft` is PEFT's wrapper of it, `parameters` are those
+    that are trained (float32), by name, and `matched` are the modules that each target found.
+    """
+
+    model: Any
     peft: Any
-    modules: tuple[str, ...]
     parameters: dict[str, nn.Parameter]
+    matched: dict[str, tuple[str, ...]]
     device: torch.device
 
-    @property
-    def base(self) -> Any:
-        """The causal language model inside."""
-        return self.peft.get_base_model()
 
-
-def load_model(folder: Path, config: TrainingConfig) -> Any:
-    """Load the base model in the config's type, 4-bit where it says so, onto the GPU if there is one.
+def load_base(folder: Path, config: TrainingConfig) -> Any:
+    """Load the base model in the config's type onto the GPU, or the CPU when there is none.
 
     Raises:
-        WeightsError: the folder holds no model in safetensors, or one that does not load.
+        WeightsError: (code `weights-missing`) no model in safetensors there; (code `weights-unreadable`) one that does
+            not load, or lacks tensors.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-        hint = "config.json and safetensors files are needed; pickles are not read"
-        raise WeightsError("no model in safetensors", place="workspace/weights", hint=hint)
-    bits, quantization = config.QuantizationConfig, None
-    if bits.load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=bits.bnb_4bit_quant_type,
-            bnb_4bit_compute_dtype=getattr(torch, bits.bnb_4bit_compute_dtype),
-            bnb_4bit_use_double_quant=bits.bnb_4bit_use_double_quant,
-        )
+    _check_files(folder)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call,unused-ignore]
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        settings = _AutoConfig.from_pretrained(folder, local_files_only=True)
+        model, report = _AutoModel.from_pretrained(
             folder,
             dtype=getattr(torch, config.ModelConfig.torch_dtype),
-            attn_implementation=config.ModelConfig.attn_implementation,
-            quantization_config=quantization,
-            device_map={"": "cuda:0" if torch.cuda.is_available() else "cpu"},
+            quantization_config=_quantization(config.QuantizationConfig),
+            attn_implementation=_attention(settings, config.ModelConfig.attn_implementation),
+            device_map={"": device},
             local_files_only=True,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (ValueError, OSError, KeyError, RuntimeError) as exc:
-        if isinstance(exc, torch.OutOfMemoryError):
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as exc:
+        if is_out_of_memory(exc):
             raise
-        raise WeightsError(f"cannot be loaded: {exc}", place="workspace/weights") from exc
-    # Packed rows are told apart by their positions only while there is no cache.
+        said = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+        raise WeightsError(f"cannot be loaded: {said}", place=str(folder), code="weights-unreadable") from exc
+    if missing := sorted(report["missing_keys"]):
+        message = f"{len(missing)} tensors are missing, {missing[0]} first"
+        raise WeightsError(message, place=str(folder), code="weights-unreadable")
+    # With a cache, documents in one row would see each other.
     model.config.use_cache = False
-    _use_plain_kernels(model)
+    _keep_plain_kernels(model)
     return model
 
 
-def _use_plain_kernels(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit layers in evaluation, for a kernel that has no gradient.
+def _check_files(folder: Path) -> None:
+    hint = "run the weights job first"
+    if not (folder / "config.json").is_file():
+        raise WeightsError("no config.json", place=str(folder), hint=hint, code="weights-missing")
+    if not any(folder.glob("*.safetensors")):
+        raise WeightsError(
+            "no *.safetensors; pickles are not read", place=str(folder), hint=hint, code="weights-missing"
+        )
 
-    On CPUs with AVX512-BF16 one evaluation would make every later gradient silently wrong.
+
+def _quantization(section: QuantizationConfig) -> Any:
+    if not section.load_in_4bit:
+        return None
+    return _BitsAndBytes(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=section.bnb_4bit_quant_type,
+        bnb_4bit_compute_dtype=getattr(torch, section.bnb_4bit_compute_dtype),
+        bnb_4bit_use_double_quant=section.bnb_4bit_use_double_quant,
+    )
+
+
+def _attention(settings: Any, wished: str) -> str:
+    # Gemma 2 caps its attention scores, which only the eager implementation does.
+    caps = getattr(settings.get_text_config(), "attn_logit_softcapping", None)
+    return "eager" if caps else wished
+
+
+def _keep_plain_kernels(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit layers for a fused CPU kernel, which has no gradient.
+
+    bitsandbytes 0.50.2 does so in place at the first evaluation, on CPUs with AVX512-BF16: from then on gradients are
+    wrong, and layers of some sizes fail.
     """
-    import bitsandbytes
-
     for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
+        if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
 
 
+def context_length(model: Any) -> int | None:
+    """Return how many tokens the model can take in at once, where it says so."""
+    context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return context
+
+
 def adapt(model: Any, model_id: str, config: TrainingConfig) -> Adapted:
-    """Freeze the base and put LoRA adapters, in float32, on every module that a target names.
+    """Freeze the base, and put LoRA adapters in float32 on every linear layer that a target names.
 
     Raises:
-        ConfigError: a target names no module.
+        ConfigError: a target names no linear layer.
     """
-    from peft import LoraConfig, get_peft_model
-
-    lora, arguments = config.LoraConfig, config.TrainingArguments
-    targets = sorted(set(lora.target_modules))
-    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for target in targets:
-        if target not in linear:
-            raise ConfigError(
-                f"target module {target!r} matches nothing",
-                place="training_config.yaml: LoraConfig.target_modules",
-                hint=f"the model's linear layers: {', '.join(sorted(linear - {'lm_head'}))}",
-            )
+    lora = config.LoraConfig
+    matched = {target: _matches(model, target) for target in sorted(set(lora.target_modules))}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    if arguments.gradient_checkpointing:
+    if config.TrainingArguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    torch.manual_seed(arguments.seed)
-    settings = LoraConfig(
+    # PEFT draws the A matrices.
+    torch.manual_seed(config.TrainingArguments.seed)
+    wrapper = peft.get_peft_model(model, _lora_settings(lora, sorted(matched)), autocast_adapter_dtype=True)
+    # PEFT writes the folder that the weights came from.
+    wrapper.peft_config["default"].base_model_name_or_path = model_id
+    parameters = {name: p for name, p in wrapper.named_parameters() if p.requires_grad}
+    for parameter in parameters.values():
+        parameter.data = parameter.data.float()
+    return Adapted(wrapper.get_base_model(), wrapper, parameters, matched, next(iter(parameters.values())).device)
+
+
+def _matches(model: nn.Module, target: str) -> tuple[str, ...]:
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = tuple(name for name in linear if name == target or name.endswith(f".{target}"))
+    if not found:
+        known = sorted({name.rsplit(".", 1)[-1] for name in linear} - {"lm_head"})
+        raise ConfigError(
+            f"{target!r} matches no linear layer of the model",
+            place=f"{CONFIG_NAME}: LoraConfig.target_modules",
+            hint=f"the model has {', '.join(known)}",
+        )
+    return found
+
+
+def _lora_settings(lora: LoraConfig, targets: list[str]) -> peft.LoraConfig:
+    return peft.LoraConfig(
         r=lora.r,
-        lora_alpha=lora.lora_alpha,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type,unused-ignore]
         lora_dropout=lora.lora_dropout,
         target_modules=targets,
         bias=lora.bias,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=model_id,
     )
-    peft = get_peft_model(model, settings, autocast_adapter_dtype=True)
-    peft.peft_config["default"].base_model_name_or_path = model_id
-    parameters = {name: p for name, p in peft.named_parameters() if p.requires_grad}
-    for parameter in parameters.values():
-        parameter.data = parameter.data.float()
-    modules = tuple(sorted({name.split(".lora_")[0] for name in parameters if f".{FLOOR_B}." in name}))
-    device = next(iter(parameters.values())).device
-    return Adapted(peft, modules, parameters, device)
 
 
-def prove_adapted(adapted: Adapted, targets: list[str]) -> dict[str, Any]:
-    """Prove that every target was adapted and that training moved each; return the facts.
+def prove(adapted: Adapted) -> dict[str, Any]:
+    """Prove that training changed every module that was to be adapted, and return the facts about the adapter.
+
+    An adapter computes `x·Aᵀ·Bᵀ`, and B is zero at first: one that still is does nothing (Hu et al. 2021, section 4.1).
 
     Raises:
-        UnprovenError: a target without a module, or a B matrix that is still zero.
+        UnprovenError: a module has no adapter, or its B is zero.
     """
-    without = [t for t in targets if not any(m.rsplit(".", 1)[-1] == t for m in adapted.modules)]
-    matrices = {name: p for name, p in adapted.parameters.items() if f".{FLOOR_B}." in name}
-    zero = sorted(name for name, p in matrices.items() if not bool(p.detach().any()))
-    if without or zero:
-        first = f"target {without[0]!r} has no module" if without else f"{zero[0]} is still zero"
-        hint = "the learning rate may be 0, or too few steps were made"
-        raise UnprovenError(f"{len(zero)} of {len(matrices)} B matrices did not move: {first}", hint=hint)
+    b_matrices = {name.split(".lora_B.")[0]: p for name, p in adapted.parameters.items() if ".lora_B." in name}
+    modules = {name.removeprefix("base_model.model."): bool(p.detach().any()) for name, p in b_matrices.items()}
+    wanted = sorted({name for names in adapted.matched.values() for name in names})
+    if without := [name for name in wanted if name not in modules]:
+        raise UnprovenError(f"{len(without)} modules have no adapter, {without[0]} first", place="adapter")
+    if zero := [name for name in wanted if not modules[name]]:
+        raise UnprovenError(
+            f"{len(zero)} of {len(wanted)} modules are as they were: {zero[0]} has a B matrix of zeros",
+            place="adapter",
+            hint="a higher learning_rate, or more steps",
+        )
     return {
-        "target_modules": sorted(targets),
-        "modules_adapted": len(adapted.modules),
+        "target_modules": sorted(adapted.matched),
+        "modules_adapted": len(wanted),
         "parameters": sum(p.numel() for p in adapted.parameters.values()),
         "zero_b_matrices": 0,
     }
+
+
+def adapter_files(adapted: Adapted) -> AdapterFiles:
+    """Return the adapter as PEFT, vLLM and others read it; the same adapter gives the same bytes."""
+    tensors = peft.get_peft_model_state_dict(adapted.peft, save_embedding_layers=False)
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    raw: dict[str, Any] = adapted.peft.peft_config["default"].to_dict()
+    # PEFT keeps some lists as sets, which have no order.
+    lists = {key: sorted(value) for key, value in raw.items() if isinstance(value, set)}
+    config = {**raw, **lists, "inference_mode": True}
+    return AdapterFiles(safetensors.torch.save(plain, metadata={"format": "pt"}), config)

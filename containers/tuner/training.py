@@ -1,227 +1,241 @@
-"""The training loop, from the first step or from the last checkpoint to the last step."""
+"""The training loop, from the first step, or from the last checkpoint, to the last step.
+
+    evaluate, if due ─► step: micro-batches ─► clip ─► AdamW ─► log, if due ─► checkpoint, if due ─┐
+           ▲───────────────────────────────────────────────────────────────────────────────────────┘
+
+Each step is a function of the adapter, the optimizer's moments and the step's number: rows, learning rate and random
+numbers (dropout) all come from the number. So a run that was killed ends with the same bytes as one that was not.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import signal
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from kaito_flows.containers.program import emit
 from kaito_flows.containers.tuner import checkpoint
-from kaito_flows.containers.tuner.data import Split, epoch_order
-from kaito_flows.containers.tuner.job import TrainingArguments
+from kaito_flows.containers.tuner.checkpoint import State
+from kaito_flows.containers.tuner.data import Batch, Dataset, epoch_order
+from kaito_flows.containers.tuner.evaluation import evaluate
+from kaito_flows.containers.tuner.job import TrainingArguments, TrainingConfig
 from kaito_flows.containers.tuner.loss import loss_sum
 from kaito_flows.containers.tuner.model import Adapted
+from kaito_flows.containers.tuner.preemption import Preemption
+from kaito_flows.containers.tuner.schedule import learning_rate, steps_in_all
 from kaito_flows.errors import DivergedError, PreemptedError, disk_errors
 
+__all__ = ["evaluation_at", "train", "training_facts"]
 
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """What a training came to: the facts for `metrics.json`, and every logged step and evaluation."""
-
-    before: dict[str, Any] | None
-    after: dict[str, Any] | None
-    training: dict[str, Any]
-    history: tuple[dict[str, Any], ...]
+RECENT = 20
+"""Steps whose median time stands for the next ones'."""
 
 
 def train(
-    adapted: Adapted,
-    train_split: Split,
-    held_out: Split | None,
-    arguments: TrainingArguments,
-    identity: str,
-    results: Path,
-) -> Trained:
-    """Train the adapter.
+    adapted: Adapted, dataset: Dataset, config: TrainingConfig, identity: str, results: Path, preemption: Preemption
+) -> State:
+    """Train the adapter to the end, and return what there is to tell of it.
 
     Raises:
-        DivergedError: the loss is no longer finite; the last good checkpoint stays.
+        DivergedError: the loss or a gradient is no longer finite; the last checkpoint stays.
         PreemptedError: SIGTERM came; a checkpoint was saved.
-        DiskFullError: no space left.
+        DiskFullError: no space left for a checkpoint.
     """
-    micro, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
-    steps_per_epoch = max(1, math.ceil(len(train_split) / (micro * accumulation)))
-    total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(steps_per_epoch * arguments.num_train_epochs)
+    arguments = config.TrainingArguments
+    rows = len(dataset.train)
+    steps_an_epoch = math.ceil(rows / arguments.rows_a_step)
+    total = steps_in_all(arguments, steps_an_epoch)
     optimizer = torch.optim.AdamW(
-        list(adapted.parameters.values()),
+        adapted.parameters.values(),
         lr=arguments.learning_rate,
         betas=(arguments.adam_beta1, arguments.adam_beta2),
         eps=arguments.adam_epsilon,
         weight_decay=arguments.weight_decay,
+        fused=True,
     )
+    if adapted.device.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined,unused-ignore]
+
     checkpoints = results / "checkpoints"
-    state = checkpoint.load_newest(checkpoints, identity, adapted, optimizer)
-    history = _History(results / "history.jsonl", state.history if state else 0)
-    step, tokens, trained_tokens = (state.step, state.tokens, state.trained_tokens) if state else (0, 0, 0)
-    before = state.before if state else None
-    if state:
-        emit("resumed", step=step)
-    elif held_out is not None:
-        before = evaluate(adapted, held_out, arguments.per_device_eval_batch_size)
-        history.add("evaluation", step=0, **before)
+    found = checkpoint.load_newest(checkpoints, identity, adapted, optimizer)
+    state = found or State(identity)
+    saved_step = state.step
+    history = results / "history.jsonl"
+    with disk_errors(results):
+        results.mkdir(parents=True, exist_ok=True)
+        history.write_text("".join(_line(entry) for entry in state.history), encoding="utf-8")
+    if found:
+        emit("resumed", step=state.step)
+
+    def remember(event: str, facts: dict[str, Any], **shown: Any) -> None:
+        state.history.append({"event": event, **facts})
+        with disk_errors(results), history.open("a", encoding="utf-8") as out:
+            out.write(_line(state.history[-1]))
+        emit(event, **facts, **shown)
 
     def save() -> None:
-        checkpoint.save(
-            checkpoints,
-            checkpoint.State(identity, step, tokens, trained_tokens, before, history.size),
-            adapted,
-            optimizer,
-            keep=max(2, arguments.save_total_limit),
+        nonlocal saved_step
+        # The pipeline's own checkpoint, which `save_strategy: no` does not mean, need not be more than one.
+        keep = 1 if arguments.save_strategy == "no" else arguments.save_total_limit
+        checkpoint.save(checkpoints, state, adapted, optimizer, keep=keep)
+        saved_step = state.step
+        emit("checkpoint", step=state.step)
+
+    def stop() -> PreemptedError:
+        if state.step > saved_step:
+            save()
+        kept = f"; the checkpoint of step {saved_step} is saved" if saved_step else ""
+        message = f"stopped by SIGTERM after step {state.step} of {total}{kept}"
+        return PreemptedError(message, place="tuner", hint="start the same job again: it goes on from there")
+
+    def evaluation_due(step: int) -> bool:
+        if step in (0, total):
+            return True
+        every = {"no": 0, "steps": arguments.eval_steps, "epoch": steps_an_epoch}[arguments.eval_strategy]
+        return bool(every) and step % every == 0
+
+    def checkpoint_due(step: int) -> bool:
+        return (
+            step == total
+            or step % (steps_an_epoch if arguments.save_strategy == "epoch" else arguments.save_steps) == 0
         )
-        emit("checkpoint", step=step)
 
-    durations: list[float] = []
-    with _sigterm() as told:
-        while step < total:
+    step_seconds: deque[float] = deque(maxlen=RECENT)
+    evaluation_seconds = 0.0
+    window_tokens, window_seconds = 0, 0.0
+    adapted.peft.train()
+    while True:
+        if dataset.validation and evaluation_due(state.step) and evaluation_at(state, state.step) is None:
             begun = time.monotonic()
-            epoch, within = divmod(step, steps_per_epoch)
-            order = epoch_order(len(train_split), arguments.seed, epoch)
-            rows = order[within * micro * accumulation : (within + 1) * micro * accumulation]
-            batches = [train_split.batch(chunk, adapted.device) for chunk in rows.split(micro)]
-            targets = sum(batch.targets for batch in batches)
-            rate = arguments.learning_rate * schedule(step, total, arguments)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-
-            adapted.peft.train()
-            optimizer.zero_grad(set_to_none=True)
-            loss = 0.0
-            for batch in batches:
-                # Each token weighs the same, in whichever micro-step it is.
-                part = loss_sum(adapted.base, batch) / max(targets, 1)
-                part.backward()
-                loss += float(part.detach())
-            norm = float(
-                torch.nn.utils.clip_grad_norm_(adapted.parameters.values(), arguments.max_grad_norm or math.inf)
+            measured = evaluate(
+                adapted, dataset.validation, arguments.per_device_eval_batch_size, stop=lambda: preemption.requested
             )
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise DivergedError(
-                    f"loss {loss}, gradient norm {norm} at step {step + 1}",
-                    place=f"step {step + 1} of {total}",
-                    hint="lower learning_rate, or raise warmup_steps",
-                )
-            optimizer.step()
+            if measured is None:
+                raise stop()
+            if not math.isfinite(measured.loss):
+                raise _diverged(f"held-out loss is {measured.loss}", state.step, total, saved_step)
+            evaluation_seconds = time.monotonic() - begun
+            remember("evaluation", {"step": state.step, **asdict(measured)})
+        if state.step == total:
+            return state
 
-            step += 1
-            seen = sum(int((b.position_ids != 0).sum()) + _documents(b.position_ids) for b in batches)
-            tokens, trained_tokens = tokens + seen, trained_tokens + targets
-            durations.append(time.monotonic() - begun)
-            pace = statistics.median(durations[-20:])
-            if step % arguments.logging_steps == 0 or step in (1, total):
-                facts = {"step": step, "loss": loss, "learning_rate": rate, "grad_norm": norm}
-                history.add(
-                    "progress",
-                    **facts,
-                    shown={
-                        "total": total,
-                        "epoch": round(step / steps_per_epoch, 4),
-                        "tokens": tokens,
-                        "tokens_per_second": seen / durations[-1],
-                        "eta_seconds": round(pace * (total - step), 1),
-                    },
-                )
-            at_epoch = step % steps_per_epoch == 0
-            due = {"steps": step % arguments.eval_steps == 0, "epoch": at_epoch, "no": False}[arguments.eval_strategy]
-            if due and held_out is not None and step < total:
-                history.add("evaluation", step=step, **evaluate(adapted, held_out, arguments.per_device_eval_batch_size))
-            if step < total and (step % arguments.save_steps == 0 or (at_epoch and arguments.save_strategy == "epoch")):
-                save()
-            if told and step < total:
-                save()
-                raise PreemptedError("told to stop", place=f"step {step} of {total}", hint="start it again to go on")
+        begun = time.monotonic()
+        epoch, within = divmod(state.step, steps_an_epoch)
+        order = epoch_order(rows, arguments.seed, epoch, shuffle=config.DatasetConfig.shuffle_dataset)
+        chosen = order[within * arguments.rows_a_step : (within + 1) * arguments.rows_a_step]
+        batches = list(dataset.train.batches(chosen, arguments.per_device_train_batch_size, adapted.device))
+        targets = sum(batch.targets for batch in batches)
+        rate = learning_rate(arguments, state.step, total)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(_step_seed(arguments.seed, state.step))
 
-    after = None
-    if held_out is not None:
-        after = evaluate(adapted, held_out, arguments.per_device_eval_batch_size)
-        history.add("evaluation", step=total, **after)
-    losses = [entry["loss"] for entry in history.entries if entry["event"] == "progress"]
-    training = {
-        "steps": total,
-        "epochs": round(total / steps_per_epoch, 4),
-        "tokens": tokens,
-        "trained_tokens": trained_tokens,
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
+        losses = []
+        for batch in batches:
+            if preemption.requested:
+                raise stop()
+            losses.append(_backward(adapted, batch))
+        loss, norm = _finish_gradients(adapted, losses, targets, arguments)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            what = f"loss is {loss}, gradient norm {norm}"
+            raise _diverged(what, state.step + 1, total, saved_step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        seconds = time.monotonic() - begun
+        tokens = sum(batch.tokens for batch in batches)
+        step_seconds.append(seconds)
+        window_seconds, window_tokens = window_seconds + seconds, window_tokens + tokens
+        state.step += 1
+        state.seconds += seconds
+        state.tokens += tokens
+        state.targets += targets
+        state.first_loss = loss if state.first_loss is None else state.first_loss
+        state.last_loss = loss
+        state.window_loss, state.window_targets = state.window_loss + loss * targets, state.window_targets + targets
+
+        if state.step % arguments.logging_steps == 0 or state.step == total:
+            to_come = sum(map(evaluation_due, range(state.step, total + 1))) if dataset.validation else 0
+            left = statistics.median(step_seconds) * (total - state.step) + evaluation_seconds * to_come
+            facts = {
+                "step": state.step,
+                "epoch": round(state.step / steps_an_epoch, 4),
+                "loss": state.window_loss / state.window_targets,
+                "learning_rate": rate,
+                "grad_norm": norm,
+                "tokens": state.tokens,
+            }
+            speed = round(window_tokens / window_seconds, 1)
+            state.window_loss, state.window_targets = 0.0, 0
+            remember("progress", facts, total=total, tokens_per_second=speed, eta_seconds=round(left, 1))
+            window_tokens, window_seconds = 0, 0.0
+        if checkpoint_due(state.step):
+            save()
+
+
+def _backward(adapted: Adapted, batch: Batch) -> torch.Tensor:
+    """Add the gradients of the batch's summed loss, and return that sum.
+
+    Of the sum and not of a mean: divided by thousands of tokens, gradients of float16 activations would vanish.
+    """
+    loss = loss_sum(adapted.model, batch)
+    loss.backward()  # type: ignore[no-untyped-call,unused-ignore]
+    return loss.detach()
+
+
+def _finish_gradients(
+    adapted: Adapted, losses: list[torch.Tensor], targets: int, arguments: TrainingArguments
+) -> tuple[float, float]:
+    """Turn summed gradients into the mean over the step's targets, clipped; return the mean loss and the norm."""
+    gradients = [p.grad for p in adapted.parameters.values() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients) / targets
+    limit = arguments.max_grad_norm
+    scale = torch.clamp(limit / (norm + 1e-6), max=1.0) / targets if limit else torch.ones_like(norm) / targets
+    torch._foreach_mul_(gradients, scale)
+    loss, measured = torch.stack([torch.stack(losses).sum() / targets, norm]).tolist()
+    return loss, measured
+
+
+def evaluation_at(state: State, step: int) -> dict[str, Any] | None:
+    """Return what was measured on held-out data after that step, if it was: loss, perplexity, tokens."""
+    for entry in state.history:
+        if entry["event"] == "evaluation" and entry["step"] == step:
+            return {key: entry[key] for key in ("loss", "perplexity", "tokens")}
+    return None
+
+
+def training_facts(state: State, dataset: Dataset, arguments: TrainingArguments) -> dict[str, Any]:
+    """Return the facts of a finished training: `tokens` read without padding, `trained_tokens` of them learned."""
+    steps_an_epoch = math.ceil(len(dataset.train) / arguments.rows_a_step)
+    return {
+        "steps": state.step,
+        "epochs": round(state.step / steps_an_epoch, 4),
+        "tokens": state.tokens,
+        "trained_tokens": state.targets,
+        "first_loss": state.first_loss,
+        "last_loss": state.last_loss,
     }
-    return Trained(before, after, training, tuple(history.entries))
 
 
-def schedule(step: int, total: int, arguments: TrainingArguments) -> float:
-    """The share of the learning rate for the step after `step`, as transformers' schedules of the same names have it."""
-    kind = arguments.lr_scheduler_type
-    if kind == "constant":
-        return 1.0
-    warmup = arguments.warmup_steps or math.ceil(total * arguments.warmup_ratio)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if kind == "constant_with_warmup":
-        return 1.0
-    done = (step - warmup) / max(1, total - warmup)
-    return max(0.0, 1.0 - done) if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+def _step_seed(seed: int, step: int) -> int:
+    # Seeds that are near to each other would give streams that are.
+    return int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:8], "big")
 
 
-@torch.no_grad()
-def evaluate(adapted: Adapted, split: Split, batch_size: int) -> dict[str, Any]:
-    """The mean loss of the split's target tokens; the training's random state is as before."""
-    rng = torch.get_rng_state()
-    adapted.peft.eval()
-    total, targets = 0.0, 0
-    for start in range(0, len(split), batch_size):
-        batch = split.batch(slice(start, start + batch_size), adapted.device)
-        total += float(loss_sum(adapted.base, batch))
-        targets += batch.targets
-    torch.set_rng_state(rng)
-    loss = total / max(targets, 1)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": targets}
+def _diverged(what: str, step: int, total: int, saved_step: int) -> DivergedError:
+    kept = f"; the checkpoint of step {saved_step} is kept" if saved_step else ""
+    hint = "lower learning_rate, raise warmup_steps, or lower max_grad_norm"
+    return DivergedError(f"the {what}{kept}", place=f"step {step} of {total}", hint=hint)
 
 
-def _documents(positions: torch.Tensor) -> int:
-    return int((positions == 0).sum())
-
-
-class _History:
-    """The logged steps and evaluations, in a file that a resumed training goes on writing from its checkpoint."""
-
-    def __init__(self, path: Path, size: int) -> None:
-        self._path = path
-        lines = path.read_text().splitlines()[:size] if size and path.exists() else []
-        self.entries: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(line + "\n" for line in lines))
-
-    @property
-    def size(self) -> int:
-        return len(self.entries)
-
-    def add(self, event: str, shown: dict[str, Any] | None = None, **facts: Any) -> None:
-        self.entries.append({"event": event, **facts})
-        with disk_errors(self._path), self._path.open("a") as out:
-            out.write(json.dumps(self.entries[-1]) + "\n")
-        emit(event, **facts, **(shown or {}))
-
-
-@contextmanager
-def _sigterm() -> Iterator[list[int]]:
-    """Collect SIGTERMs while the block lasts: the step that runs is finished first."""
-    told: list[int] = []
-
-    def tell(number: int, _: FrameType | None) -> None:
-        told.append(number)
-
-    previous = signal.signal(signal.SIGTERM, tell)
-    try:
-        yield told
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry) + "\n"

@@ -11,7 +11,6 @@ from typing import Any
 from kaito_flows.containers.program import emit, run
 from kaito_flows.containers.weights.folder import is_whole, locked, new_folder
 from kaito_flows.containers.weights.job import HubSource, PypiSource, Source, WeightsJob
-
 from kaito_flows.errors import PreemptedError
 
 __all__ = ["make_weights"]

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from kaito_flows.containers.weights.bfloat16_file import Tensor, write_bfloat16
 from kaito_flows.containers.weights.folder import write_json
 from kaito_flows.containers.weights.tokenizer_file import ByteLevelTokenizer
-
 from kaito_flows.errors import WeightsError
 
 __all__ = ["write_gguf_model"]

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 from kaito_flows.containers.weights.job import HubSource
-
 from kaito_flows.errors import WeightsError
 
 __all__ = ["fetch_snapshot"]

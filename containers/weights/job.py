@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from kaito_flows.containers.program import strict
-
 from kaito_flows.errors import InputError
 
 __all__ = ["HubSource", "PypiSource", "RandomSource", "Source", "WeightsJob"]

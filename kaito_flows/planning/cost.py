@@ -22,7 +22,7 @@ __all__ = [
 # back-computed from published tokens per second of 4-bit and LoRA training on an A100.
 GPU_SHARE = 0.4
 # bfloat16 FLOPs a second of one core in training: SmolLM2-135M with QLoRA ran at 252 tokens a second on two cores.
-CORE_FLOPS = 70e9
+CORE_FLOPS = 79e9
 # An unlisted GPU: an A10's peak, low for all that have bfloat16.
 UNKNOWN_TFLOPS = 125.0
 

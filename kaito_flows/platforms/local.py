@@ -57,9 +57,11 @@ class LocalPlatform:
         digest = canonical_digest(source)[:12]
         root = self.home / "models" / f"{preset}-{digest}"
         folder = root / "workspace" / "weights"
+        # The program writes source.json last.
+        if (folder / "source.json").exists():
+            return folder
+        (root / "exit").unlink(missing_ok=True)
         arguments = {"version": 1, "source": source, "cache": str(self.home / "cache" / "packages")}
-        if not (folder / "source.json").exists():
-            (root / "exit").unlink(missing_ok=True)
         self._run(root, JobSpec(f"weights-{preset}", preset, "weights", arguments), on_event)
         return folder
 

@@ -135,7 +135,8 @@ class TrainingConfig(_Section):
         defaults = tuning_defaults(method)
         merged: dict[str, Any] = {}
         for section, values in defaults.items():
-            given = written.get(section) or {}
+            given = written.get(section)
+            given = {} if given is None else given  # `LoraConfig:` with nothing behind it
             merged[section] = {**values, **_canonical(given)} if isinstance(given, Mapping) else given
         faults = list(_rules(method, {**written, **merged}, place))
         try:

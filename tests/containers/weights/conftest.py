@@ -19,6 +19,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+
 from kaito_flows.presets.loader import load_preset
 
 
@@ -111,7 +112,7 @@ def _write_gguf(
     rng = np.random.RandomState(0)
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(gguf_alphabet()), "he", "hel"]
     writer = gguf.GGUFWriter(path, architecture)
-    for key, value in {
+    for name, size in {
         "block_count": LAYERS,
         "context_length": 64,
         "embedding_length": HIDDEN,
@@ -120,7 +121,7 @@ def _write_gguf(
         "attention.head_count_kv": KV_HEADS,
         "rope.dimension_count": HIDDEN // HEADS,
     }.items():
-        writer.add_uint32(f"{architecture}.{key}", value)
+        writer.add_uint32(f"{architecture}.{name}", size)
     writer.add_float32(f"{architecture}.rope.freq_base", 10000.0)
     writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_tokenizer_model("gpt2")
@@ -133,7 +134,7 @@ def _write_gguf(
     writer.add_pad_token_id(2)
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     key = HIDDEN // HEADS * KV_HEADS
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "attn_norm": (HIDDEN,),
         "attn_q": (HIDDEN, HIDDEN),
         "attn_k": (key, HIDDEN),
@@ -144,7 +145,7 @@ def _write_gguf(
         "ffn_up": (INNER, HIDDEN),
         "ffn_down": (HIDDEN, INNER),
     }
-    named = {"token_embd.weight": (len(tokens), HIDDEN), "output_norm.weight": (HIDDEN,)}
+    named: dict[str, tuple[int, ...]] = {"token_embd.weight": (len(tokens), HIDDEN), "output_norm.weight": (HIDDEN,)}
     named |= {f"blk.{i}.{name}.weight": shape for i in range(LAYERS) for name, shape in shapes.items()}
     named |= {extra: (HIDDEN,)} if extra else {}
     plain = {}

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kaito_flows.containers.weights.gguf_model import write_gguf_model
 
+from kaito_flows.containers.weights.gguf_model import write_gguf_model
 from kaito_flows.errors import WeightsError
 
 WriteGguf = Callable[..., dict[str, Any]]
@@ -109,6 +109,7 @@ def test_something_else_than_a_gguf_is_refused(tmp_path: Path) -> None:
 
 def test_rounding_to_bfloat16_is_torchs() -> None:
     import torch
+
     from kaito_flows.containers.weights.bfloat16_file import to_bfloat16
 
     # Random bits reach every exponent, denormals too; ties to even are 0x8000 below a kept half.

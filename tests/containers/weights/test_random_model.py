@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kaito_flows.containers.weights.job import RandomSource, read_source
 from kaito_flows.containers.weights.random_model import write_random_model
-
 from kaito_flows.errors import KaitoFlowsError, WeightsError
 
 SourceOf = Callable[[str], dict[str, Any]]

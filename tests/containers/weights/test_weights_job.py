@@ -282,7 +282,7 @@ def in_a_mount(folder: Path, size: str, command: list[str]) -> subprocess.Comple
     """Run a command with a small file system of its own at `folder`, and print what lies there at the end."""
     script = f'mount -t tmpfs -o size={size} none "$1" && shift && "$@"; code=$?; ls -A "$0" >&2; exit $code'
     whole = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, str(folder), str(folder), *command]
-    if shutil.which("unshare") is None or subprocess.run(whole[:4] + ["true"], capture_output=True).returncode:
+    if shutil.which("unshare") is None or subprocess.run([*whole[:4], "true"], capture_output=True).returncode:
         pytest.skip("this machine does not let us mount")
     return subprocess.run(whole, capture_output=True, text=True, timeout=60)
 

@@ -1,0 +1,1 @@
+"""The default training config of each method."""

@@ -1,0 +1,102 @@
+"""The memory estimate, against published and measured figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kaito_flows.errors import PlanError
+from kaito_flows.planning.memory import MemoryEstimate, tuning_memory
+from kaito_flows.planning.shapes import lora_parameters
+from kaito_flows.presets.loader import load_preset, load_presets
+
+Config = Callable[..., dict[str, Any]]
+PHI3 = "phi-3-mini-4k-instruct"
+
+
+def estimate(config: Config, preset: str = PHI3, method: str = "qlora", **changes: Any) -> MemoryEstimate:
+    return tuning_memory(load_preset(preset), config(preset, method, **changes), method)
+
+
+def test_phi3_in_nf4_takes_what_was_derived_for_it(config: Config) -> None:
+    made = estimate(config)
+    assert made.weights / 1e9 == pytest.approx(1.87 + 0.39, abs=0.01)
+    assert made.adapter / 1e9 == pytest.approx(0.40, abs=0.005)
+    assert made.adapter_parameters == 25_165_824
+
+
+def test_a_token_without_recompute_takes_four_megabytes(config: Config) -> None:
+    made = estimate(config, gradient_checkpointing=False, max_length=1000)
+    assert made.activations / 1000 / 1e6 == pytest.approx(4.06, abs=0.01)
+    # fp32 logits and their gradient, 0.128 MB each
+    assert made.logits / 1000 / 1e6 == pytest.approx(2 * 0.128, abs=0.001)
+
+
+def test_a_token_with_recompute_keeps_the_boundaries_and_one_block(config: Config) -> None:
+    made = estimate(config, max_length=1000)
+    assert made.activations / 1000 / 1e6 == pytest.approx(0.197 + 4.06 / 32, abs=0.001)
+
+
+def test_lora_keeps_the_whole_model_in_bfloat16(config: Config) -> None:
+    assert estimate(config, method="lora").weights == 2 * 3_821_079_552
+
+
+def test_single_quantisation_takes_more_than_double(config: Config) -> None:
+    more = estimate(config, bnb_4bit_use_double_quant=False).weights - estimate(config).weights
+    # QLoRA's paper, section 3: double quantisation saves 0.373 bits a parameter
+    assert more * 8 / 3_623_878_656 == pytest.approx(0.373, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": 64},
+        {"max_length": 2048},
+        {"per_device_train_batch_size": 2},
+        {"gradient_checkpointing": False},
+        {"attn_implementation": "eager"},
+        {"use_dora": True},
+        {"torch_dtype": "float32"},
+    ],
+    ids=str,
+)
+def test_more_work_takes_more_memory(config: Config, changes: dict[str, Any]) -> None:
+    assert estimate(config, **changes).total > estimate(config).total
+
+
+def test_fewer_targets_take_less(config: Config) -> None:
+    assert estimate(config, target_modules=["qkv_proj"]).adapter < estimate(config).adapter / 2
+
+
+def test_smollm2_has_as_many_adapter_parameters_as_peft_counts() -> None:
+    smol = load_preset("smollm2-135m-instruct")
+    # An adapter of 19.6 MB in float32 was measured.
+    assert lora_parameters(smol.architecture, smol.linear_modules, 16) * 4 / 1e6 == pytest.approx(19.5, abs=0.1)
+
+
+def test_peft_counts_the_same_on_a_real_phi3() -> None:
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    tiny = load_preset("tiny-phi-3")
+    model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**tiny.source.config, pad_token_id=0))  # type: ignore[union-attr]
+    assert sum(p.numel() for p in model.parameters()) == tiny.parameters.total
+    for dora in (False, True):
+        lora = peft.LoraConfig(r=8, target_modules=list(tiny.linear_modules), use_dora=dora)
+        adapted = peft.get_peft_model(model, lora)
+        counted = adapted.get_nb_trainable_parameters()[0]
+        assert counted == lora_parameters(tiny.architecture, tiny.linear_modules, 8, dora=dora)
+        model = adapted.unload()
+
+
+def test_the_parts_make_the_total(config: Config) -> None:
+    for preset in load_presets():
+        facts = estimate(config, preset.name, max_length=512).as_dict()
+        total = facts.pop("total")
+        assert total == sum(facts.values())
+        assert all(part > 0 for part in facts.values()), preset.name
+
+
+def test_a_module_without_a_known_shape_is_refused(config: Config) -> None:
+    with pytest.raises(PlanError, match="'lm_head'"):
+        estimate(config, target_modules=["qkv_proj", "lm_head"])

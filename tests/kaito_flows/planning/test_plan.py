@@ -1,0 +1,184 @@
+"""Plans as users see them: what holds, what does not, and what is still open before the data is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kaito_flows.errors import ConfigError, PlanError
+from kaito_flows.planning.machine import Machine
+from kaito_flows.planning.plan import DatasetFacts, Plan, make_plan, plan_workspace
+from kaito_flows.presets.loader import load_preset
+from kaito_flows.workspace import load_workspace
+
+Config = Callable[..., dict[str, Any]]
+DATA = DatasetFacts("sha256:" + "a" * 64, 200, 190_000, 10, 9_000, 1024)
+PHI3, SMOL = "phi-3-mini-128k-instruct", "smollm2-135m-instruct"
+A100 = "Standard_NC24ads_A100_v4"
+
+
+def on_azure(
+    config: Config, preset: str = PHI3, size: str | None = A100, method: str = "qlora", **changes: Any
+) -> Plan:
+    resolved = config(preset, method, **changes)
+    return make_plan(load_preset(preset), method, resolved, workspace="w", instance_type=size, platform="kubernetes")
+
+
+def test_before_the_data_steps_and_cost_are_open_and_the_rest_is_known(config: Config) -> None:
+    plan = on_azure(config)
+    assert (plan.steps, plan.seconds, plan.cost_usd, plan.identity) == (None, None, None, "")
+    assert plan.instance_type == A100
+    assert plan.price_usd_hour == 3.673
+    assert plan.candidates[0].sku.name == "Standard_NV36ads_A10_v5"
+    assert {row["item"]: row["value"] for row in plan.table_rows()}["steps, time, cost"].startswith("known once")
+
+
+def test_the_data_brings_steps_time_cost_and_identity(config: Config) -> None:
+    plan = on_azure(config).with_dataset(DATA)
+    assert plan.steps == 300
+    assert plan.seconds is not None and plan.cost_usd is not None
+    # 3 x 200 rows x 1024 tokens x 23.2 GFLOPs at 40 % of 312 TFLOPs, and twice 10 rows forward
+    assert plan.seconds == pytest.approx(3 * 200 * 1024 * 23.2e9 / (0.4 * 312e12), rel=0.03)
+    assert plan.cost_usd == pytest.approx(plan.seconds / 3600 * 3.673)
+    assert len(plan.identity) == 64
+    rows = {row["item"]: row["value"] for row in plan.table_rows()}
+    assert rows["steps"] == "300"
+    assert rows["price"] == "3.67 USD/h (eastus, 2026-06-18)"
+
+
+def test_a_dataset_given_at_once_is_the_same_plan(config: Config) -> None:
+    at_once = make_plan(
+        load_preset(PHI3), "qlora", config(PHI3), workspace="w", instance_type=A100, dataset=DATA, platform="kubernetes"
+    )
+    assert at_once == on_azure(config).with_dataset(DATA)
+
+
+def test_max_steps_bound_the_time(config: Config) -> None:
+    whole, part = on_azure(config).with_dataset(DATA), on_azure(config, max_steps=30).with_dataset(DATA)
+    assert part.steps == 30
+    assert whole.seconds is not None and part.seconds is not None
+    assert part.seconds < whole.seconds / 9
+
+
+def test_the_identity_is_of_the_training_not_of_the_place(config: Config, laptop: Machine) -> None:
+    there = on_azure(config, SMOL).with_dataset(DATA)
+    here = make_plan(load_preset(SMOL), "qlora", config(SMOL), workspace="other", dataset=DATA, machine=laptop)
+    assert here.identity == there.identity
+    assert on_azure(config, SMOL, seed=1).with_dataset(DATA).identity != there.identity
+
+
+def test_spellings_of_the_same_targets_are_the_same_run(config: Config) -> None:
+    spellings = (["all-linear"], ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    plans = [on_azure(config, target_modules=names).with_dataset(DATA) for names in spellings]
+    assert plans[0].identity == plans[1].identity
+    assert plans[0].config["LoraConfig"]["target_modules"] == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    assert plans[0].notes == () and len(plans[1].notes) == 2
+
+
+def test_the_config_that_was_given_is_not_changed(config: Config) -> None:
+    given = config(PHI3, target_modules=["all-linear"])
+    make_plan(load_preset(PHI3), "qlora", given, workspace="w", instance_type=A100, platform="kubernetes")
+    assert given["LoraConfig"]["target_modules"] == ["all-linear"]
+
+
+def test_the_plan_is_json_and_the_config_is_yaml(config: Config, laptop: Machine) -> None:
+    for plan in (on_azure(config), on_azure(config).with_dataset(DATA)):
+        assert json.loads(json.dumps(plan.as_dict())) == plan.as_dict()
+        assert yaml.safe_load(plan.config_yaml) == {"training_config": plan.config}
+        assert all(set(row) == {"item", "value"} and row["value"] for row in plan.table_rows())
+
+
+@pytest.mark.parametrize(
+    ("preset", "size", "changes", "code"),
+    [
+        ("phi-3-medium-4k-instruct", "Standard_NV36ads_A10_v5", {"method": "lora"}, "gpu-too-small"),
+        (PHI3, "Standard_NC12s_v3", {}, "no-bf16"),
+        (PHI3, "m5.large", {}, "unknown-instance-type"),
+        (PHI3, A100, {"max_length": 200_000}, "sequence-too-long"),
+        ("phi-2", A100, {"max_length": 4096}, "sequence-too-long"),
+    ],
+)
+def test_a_plan_that_cannot_hold_is_refused(
+    config: Config, preset: str, size: str, changes: dict[str, Any], code: str
+) -> None:
+    with pytest.raises(PlanError) as caught:
+        on_azure(config, preset, size, **changes)
+    assert caught.value.code == code
+    assert caught.value.hint
+
+
+def test_float16_throughout_lets_a_t4_in(config: Config) -> None:
+    plan = on_azure(config, SMOL, "Standard_NC4as_T4_v3", torch_dtype="float16", bnb_4bit_compute_dtype="float16")
+    assert plan.candidates[0].sku.name == "Standard_NC4as_T4_v3"
+
+
+@pytest.mark.parametrize("size", [None, "Standard_ND999_v9"])
+def test_what_is_not_known_of_a_node_is_said_and_not_made_up(config: Config, size: str | None) -> None:
+    plan = on_azure(config, size=size).with_dataset(DATA)
+    assert plan.cost_usd is None and plan.price_usd_hour is None and plan.device_memory is None
+    assert {row["item"]: row["value"] for row in plan.table_rows()}["cost"] == "not known"
+    assert bool(plan.notes) == (size is not None)
+
+
+def test_an_unknown_target_is_refused_before_anything_else(config: Config) -> None:
+    with pytest.raises(ConfigError, match="q_projection"):
+        on_azure(config, target_modules=["q_projection"], size="m5.large")
+
+
+def test_a_dataset_without_rows_is_refused(config: Config) -> None:
+    with pytest.raises(PlanError) as caught:
+        on_azure(config).with_dataset(DatasetFacts("sha256:" + "0" * 64, 0, 0, 0, 0, 1024))
+    assert caught.value.code == "empty-dataset"
+
+
+def test_this_machine_costs_nothing(config: Config, laptop: Machine) -> None:
+    plan = make_plan(load_preset(SMOL), "qlora", config(SMOL), workspace="w", dataset=DATA, machine=laptop)
+    assert (plan.price_usd_hour, plan.cost_usd, plan.instance_type) == (0.0, 0.0, None)
+    assert plan.device == "this machine (4 cores, 16 GiB, no GPU)"
+    assert {row["item"]: row["value"] for row in plan.table_rows()}["cost"] == "nothing: this machine"
+
+
+def test_a_machine_that_is_too_small_is_refused_with_sizes_that_are_not(config: Config, laptop: Machine) -> None:
+    with pytest.raises(PlanError) as caught:
+        make_plan(load_preset("phi-3-medium-4k-instruct"), "lora", config("phi-3-medium-4k-instruct", "lora"),
+                  workspace="w", machine=laptop)  # fmt: skip
+    assert caught.value.code == "machine-too-small"
+    assert A100 in caught.value.hint
+    assert "4 cores, 16 GiB" in caught.value.message
+
+
+def test_here_an_instance_type_is_checked_and_not_used(config: Config, laptop: Machine) -> None:
+    def plan(size: str) -> Plan:
+        return make_plan(load_preset(SMOL), "qlora", config(SMOL), workspace="w", instance_type=size, machine=laptop)
+
+    assert plan(A100).notes == (f"{A100} is not used: this platform runs on this machine",)
+    with pytest.raises(PlanError, match="was retired by Azure on 2025-09-30"):
+        plan("Standard_NC12s_v3")
+
+
+def test_a_local_gpu_without_bfloat16_is_refused_for_bfloat16(config: Config) -> None:
+    t4 = Machine(2**35, 8, "Tesla T4", 15 * 2**30, 7.5)
+    with pytest.raises(PlanError, match="no bfloat16") as caught:
+        make_plan(load_preset(SMOL), "qlora", config(SMOL), workspace="w", machine=t4)
+    assert caught.value.code == "no-bf16"
+    half = config(SMOL, torch_dtype="float16", bnb_4bit_compute_dtype="float16")
+    assert make_plan(load_preset(SMOL), "qlora", half, workspace="w", machine=t4).device_memory == 15 * 2**30
+
+
+def test_a_base_model_is_said_to_have_no_chat_template(config: Config) -> None:
+    assert "without a chat template" in on_azure(config, "falcon-7b").notes[0]
+
+
+def test_kaitos_own_example_can_be_planned(repository_root: Path) -> None:
+    file = load_workspace(repository_root / "examples" / "phi-3-qlora.yaml", "kubernetes")
+    plan = plan_workspace(file, "kubernetes")
+    assert plan.model == {"preset": PHI3, "id": "microsoft/Phi-3-mini-128k-instruct", "revision": "main"}
+    assert plan.instance_type == A100
+    assert plan.workspace == "workspace-tuning-phi-3"
+    # KAITO asks for 72 GiB of GPU memory for this model; packed rows of 1024 tokens need a fraction of that.
+    assert plan.memory.total < 8 * 2**30
