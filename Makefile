@@ -30,7 +30,7 @@ check: $(VENV)/.dev
 	@$(BIN)/python -m build --wheel --no-isolation --outdir build/dist >build.log 2>&1 || { cat build.log; exit 1; }; rm -f build.log
 	@$(BIN)/python .ci/check_wheel.py build/dist/*.whl build/wheel
 	@MYPYPATH=build/wheel $(BIN)/mypy -p kaito_flows
-	@PYTHONPATH=build/wheel $(BIN)/lint-imports --no-cache
+	@cd build/wheel && $(abspath $(BIN))/lint-imports --no-cache --no-logo --config ../../pyproject.toml
 
 format: $(VENV)/.dev
 	@$(BIN)/ruff check --fix

@@ -1,6 +1,6 @@
 """Unpack a wheel and hold its files against the tracked ones: nothing is missing, nothing was added.
 
-    python .ci/check_wheel.py WHEEL FOLDER
+python .ci/check_wheel.py WHEEL FOLDER
 """
 
 import subprocess

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 from prefect import flow
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.flows import Flow
-from prefect.futures import wait
 from prefect.runtime import flow_run as current_run
 from pydantic import Field
 
@@ -100,11 +99,9 @@ def tune_workspace(
         check_access(file, plan, platform, port)
         lease_to_come = provision_nodes.submit(plan, nodes)
         try:
-            weights_to_come = fetch_weights.submit(plan.preset, platform)
-            dataset_to_come = prepare.submit(file, plan, weights_to_come, platform)
-            wait([weights_to_come, dataset_to_come])
-            weights = weights_to_come.result()
-            dataset = dataset_to_come.result()
+            # On a CPU, while nodes boot.
+            weights = fetch_weights(plan.preset, platform)
+            dataset = prepare(file, plan, weights, platform)
             plan = refine_plan(plan, facts_of(dataset))
             lease = lease_to_come.result()
             status.set(RESOURCE_READY, "True", "workspaceResourceStatusSuccess", ", ".join(lease.nodes))
@@ -132,7 +129,9 @@ def tune_workspace(
             facts["answers"] = asdict(answers)
             status.set(INFERENCE_READY, "True", "WorkspaceInferenceStatusSuccess", service.url)
         facts["seconds"] = seconds
-        status.facts = {key: facts[key] for key in ("adapter", "flow_run_id", "identity") + ("service",) * ("service" in facts)}
+        status.facts = {
+            key: facts[key] for key in ("adapter", "flow_run_id", "identity") + ("service",) * ("service" in facts)
+        }
         artifacts.show_markdown("tuning-report", report_markdown(facts), f"Report of {workspace.name}")
     return facts
 

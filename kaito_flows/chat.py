@@ -34,7 +34,9 @@ def _service_errors(url: str) -> Iterator[None]:
     try:
         yield
     except httpx.HTTPError as exc:
-        raise ServiceError(f"does not answer: {exc or type(exc).__name__}", place=url, hint="kaito-flows status") from exc
+        raise ServiceError(
+            f"does not answer: {exc or type(exc).__name__}", place=url, hint="kaito-flows status"
+        ) from exc
     except (KeyError, IndexError, TypeError, ValueError) as exc:
         raise ServiceError("answered with something that is no chat completion", place=url) from exc
 

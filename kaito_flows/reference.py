@@ -20,8 +20,8 @@ _REFERENCE = re.compile(
 class Reference:
     """An image reference as Docker reads it: registry, repository, and a tag or a digest.
 
-    The grammar is that of `distribution/reference`; a first part without a dot, a port or `localhost` is no registry but
-    part of the repository on `docker.io`.
+    The grammar is that of `distribution/reference`; a first part without a dot or a port that is not `localhost` is no
+    registry but part of the repository on `docker.io`.
     """
 
     registry: str

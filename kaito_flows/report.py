@@ -50,7 +50,7 @@ def loss_curve(training: Sequence[tuple[int, float]], held_out: Sequence[tuple[i
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         'font-family="sans-serif" font-size="12" fill="#777">'
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>{grid}{ticks}{line(training, TRAIN_COLOUR)}'
-        f'{line(held_out, HELD_OUT_COLOUR, "stroke-dasharray=" + chr(34) + "5 4" + chr(34))}{dots}{legend}</svg>'
+        f"{line(held_out, HELD_OUT_COLOUR, 'stroke-dasharray=' + chr(34) + '5 4' + chr(34))}{dots}{legend}</svg>"
     )
 
 

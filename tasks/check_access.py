@@ -23,7 +23,9 @@ def check_access(file: WorkspaceFile, plan: Plan, platform: LocalPlatform, port:
         _refuse(file.placeholders)
         tuning = file.workspace.tuning
         if tuning is None:
-            raise PlanError("only tuning Workspaces can be run on this platform", place="inference", code="not-supported")
+            raise PlanError(
+                "only tuning Workspaces can be run on this platform", place="inference", code="not-supported"
+            )
         for path, given in (
             ("tuning.input.volumeSource", tuning.input.volume_source),
             ("tuning.input.image", tuning.input.image),

@@ -30,7 +30,9 @@ def prepare(file: WorkspaceFile, plan: Plan, weights: Path, platform: LocalPlatf
         layout = Layout(platform.settings.repository(Reference.parse(tuning.output.image)))
         parameters = DatasetParameters.from_config(plan.config)
         dataset = prepare_dataset(sources, weights, parameters, layout)
-        tell("prepare dataset", "dataset", reused=dataset.reused, digest=dataset.image.digest, **dataset.facts["splits"])
+        tell(
+            "prepare dataset", "dataset", reused=dataset.reused, digest=dataset.image.digest, **dataset.facts["splits"]
+        )
         log(f"dataset {dataset.image.digest} ({'found' if dataset.reused else 'made'})")
         report = read_file(dataset.image, "data/report.md").decode()
         show_markdown("dataset-report", report, f"Dataset of {plan.workspace}")

@@ -69,7 +69,9 @@ def _sample(dataset: Image) -> dict[str, Any]:
 
 def _ask_both(service: Service, workspace: str, sample: dict[str, Any]) -> Answers:
     messages: Sequence[Message] = sample["messages"]
-    base, tuned = (ask(service.url, model, messages, max_tokens=SMOKE_TOKENS) for model in (service.models[0], workspace))
+    base, tuned = (
+        ask(service.url, model, messages, max_tokens=SMOKE_TOKENS) for model in (service.models[0], workspace)
+    )
     if not tuned.strip():
         # The held-out loss is the proof; one empty answer is worth a word, and no failure.
         log(f"the tuned model answered {messages[-1]['content']!r} with nothing", warning=True)

@@ -39,7 +39,9 @@ class TunedAdapter:
     retry_delay_seconds=RETRY_DELAYS,
     retry_condition_fn=is_retryable,
 )
-def tune(plan: Plan, dataset: PreparedDataset, lease: NodeLease, weights: Path, platform: LocalPlatform) -> TunedAdapter:
+def tune(
+    plan: Plan, dataset: PreparedDataset, lease: NodeLease, weights: Path, platform: LocalPlatform
+) -> TunedAdapter:
     """Train, or find the adapter that a run with the same identity has published."""
     with stage("tune", doing=plan.method):
         output = f"oci:{dataset.image.layout.root}:run-{plan.identity[:12]}"

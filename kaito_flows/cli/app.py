@@ -148,7 +148,9 @@ def status(
     platform = _platform()
     found = platform.statuses() if name is None else [s for s in [platform.read_status(name)] if s]
     if name is not None and not found:
-        raise InputError(f"no Workspace {name!r} on this machine", hint="kaito-flows status", code="workspace-not-found")
+        raise InputError(
+            f"no Workspace {name!r} on this machine", hint="kaito-flows status", code="workspace-not-found"
+        )
     services = {str(s["name"]): platform.service(str(s["name"])) for s in found}
     if as_json:
         output.json_facts([{**s, "service_url": _url(services[s["name"]])} for s in found])
@@ -178,7 +180,9 @@ def chat(
 
     service = _platform().service(name)
     if service is None:
-        raise InputError(f"no service of {name!r} is up", hint="kaito-flows tune FILE rolls it out", code="service-not-found")
+        raise InputError(
+            f"no service of {name!r} is up", hint="kaito-flows tune FILE rolls it out", code="service-not-found"
+        )
     model = service.models[0] if base else service.models[-1]
     messages = [{"role": "system", "content": system}] if system else []
     if prompt is not None:
@@ -201,7 +205,9 @@ def delete(name: Name, as_json: AsJson = False) -> None:
     known = platform.read_status(name) is not None or platform.service(name) is not None
     stopped = platform.delete(name)
     if not known and not stopped:
-        raise InputError(f"no Workspace {name!r} on this machine", hint="kaito-flows status", code="workspace-not-found")
+        raise InputError(
+            f"no Workspace {name!r} on this machine", hint="kaito-flows status", code="workspace-not-found"
+        )
     if as_json:
         output.json_facts({"deleted": name, "stopped": stopped})
     else:

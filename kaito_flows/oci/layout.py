@@ -1,7 +1,7 @@
 """An OCI image layout: the folder form of a repository, with tags (OCI image-spec v1.1, `image-layout.md`).
 
     <root>/oci-layout                 {"imageLayoutVersion": "1.0.0"}
-    <root>/index.json                 the tags: one descriptor each, with the annotation org.opencontainers.image.ref.name
+    <root>/index.json                 the tags: a descriptor each, annotated org.opencontainers.image.ref.name
     <root>/blobs/sha256/<hex>         manifests, configs and layers
 
 Blobs are written to a temporary name, hashed on the way, synced and renamed: a blob that is there is whole.
@@ -50,7 +50,7 @@ class Layout:
     Safe for several processes: blobs are content-addressed, and `index.json` is changed under a lock.
 
     Raises:
-        ImageError: (code `image-not-found`) a tag or digest is not there; (code `image-damaged`) a manifest is not JSON.
+        ImageError: (`image-not-found`) a tag or digest is not there; (`image-damaged`) a manifest is not JSON.
         DiskFullError: no space left.
     """
 

@@ -24,7 +24,9 @@ class LayoutReference:
         Raises:
             ImageError: it is not one.
         """
-        match = re.match(r"^oci:(?P<path>[^@]+?)(?::(?P<tag>[\w][\w.-]{0,127})|@(?P<digest>sha256:[0-9a-f]{64}))$", text)
+        match = re.match(
+            r"^oci:(?P<path>[^@]+?)(?::(?P<tag>[\w][\w.-]{0,127})|@(?P<digest>sha256:[0-9a-f]{64}))$", text
+        )
         if not match:
             raise ImageError(f"not a layout reference: {text!r}", hint="write oci:FOLDER:TAG or oci:FOLDER@DIGEST")
         return cls(Path(match["path"]), match["tag"] or "", match["digest"] or "")

@@ -1,8 +1,8 @@
 """This machine as a platform: jobs and services are detached processes, each in a folder of its own.
 
-    <home>/jobs/<workspace>/<job>/            a job's root: job.json, events, mnt/, workspace/
-    <home>/services/<workspace>/<revision>/   a service's root
-    <home>/workspaces/<workspace>.json        the status
+<home>/jobs/<workspace>/<job>/            a job's root: job.json, events, mnt/, workspace/
+<home>/services/<workspace>/<revision>/   a service's root
+<home>/workspaces/<workspace>.json        the status
 """
 
 from __future__ import annotations
@@ -259,7 +259,10 @@ def _outcome(process: Process, spec: JobSpec, last: Event) -> Event:
         )
     said = process.log_tail(1)
     error: KaitoFlowsError = from_job_exit(
-        code or 1, f"ended with exit code {code}: {said[0] if said else 'no word'}", place=str(logs), hint="read the log"
+        code or 1,
+        f"ended with exit code {code}: {said[0] if said else 'no word'}",
+        place=str(logs),
+        hint="read the log",
     )
     raise error
 

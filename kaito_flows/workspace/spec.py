@@ -77,7 +77,9 @@ class ResourceSpec(_Model):
 
     count: int = Field(1, ge=1, title="Nodes", description="How many nodes; tuning takes one.")
     label_selector: LabelSelector = Field(title="Label selector", description="Labels that the nodes carry.")
-    preferred_nodes: list[str] = Field(default_factory=list, title="Preferred nodes", description="Deprecated by KAITO.")
+    preferred_nodes: list[str] = Field(
+        default_factory=list, title="Preferred nodes", description="Deprecated by KAITO."
+    )
 
 
 class ResourceSpecV1alpha1(ResourceSpec):

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from kaito_flows.errors import Fault, ImageError, PlanError
-from kaito_flows.reference import Reference
 from kaito_flows.presets.loader import load_preset
+from kaito_flows.reference import Reference
 
 Platform = Literal["local", "kubernetes"]
 Document = Mapping[str, Any]

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +107,21 @@ def prefect(tmp_path: Path, home: Path) -> Iterator[Prefect]:
 def workspace(tmp_path: Path) -> Path:
     words = ("red", "green", "blue", "black")
     chats = [
-        [{"role": "user", "content": f"Say {words[i % 4]} {i}."}, {"role": "assistant", "content": f"{words[i % 4]} {i}"}]
+        [
+            {"role": "user", "content": f"Say {words[i % 4]} {i}."},
+            {"role": "assistant", "content": f"{words[i % 4]} {i}"},
+        ]
         for i in range(48)
     ]
     pq.write_table(pa.table({"messages": chats}), tmp_path / "chats.parquet")
     config = {
-        "TrainingArguments": {"max_steps": 150, "learning_rate": 0.002, "max_length": 512, "save_steps": 10, "logging_steps": 1},
+        "TrainingArguments": {
+            "max_steps": 150,
+            "learning_rate": 0.002,
+            "max_length": 512,
+            "save_steps": 10,
+            "logging_steps": 1,
+        },
         "DatasetConfig": {"train_test_split": 0.8},
     }
     document = {
@@ -141,9 +150,9 @@ def flow_process(run_id: str) -> psutil.Process:
     while time.monotonic() < deadline:
         for process in psutil.process_iter():
             try:
-                if process.environ().get("PREFECT__FLOW_RUN_ID") in (run_id, run_id.replace("-", "")):
-                    if "kaito_flows.containers" not in " ".join(process.cmdline()):
-                        return process
+                named = process.environ().get("PREFECT__FLOW_RUN_ID") in (run_id, run_id.replace("-", ""))
+                if named and "kaito_flows.containers" not in " ".join(process.cmdline()):
+                    return process
             except psutil.Error:
                 continue
         time.sleep(0.2)

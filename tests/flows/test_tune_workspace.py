@@ -49,7 +49,9 @@ def steps(told: list[dict[str, Any]]) -> list[int]:
     return [e["step"] for e in told if e["event"] == "progress" and "total" in e]
 
 
-def test_a_workspace_is_tuned_published_served_and_answers(platform: LocalPlatform, make_workspace: MakeWorkspace) -> None:
+def test_a_workspace_is_tuned_published_served_and_answers(
+    platform: LocalPlatform, make_workspace: MakeWorkspace
+) -> None:
     facts, told = run(make_workspace())
     assert steps(told) == list(range(1, 9))
     evaluation = facts["metrics"]["evaluation"]
@@ -76,7 +78,9 @@ def test_a_workspace_is_tuned_published_served_and_answers(platform: LocalPlatfo
     assert conditions == dict.fromkeys(("ResourceReady", "JobStarted", "InferenceReady", "WorkspaceSucceeded"), "True")
 
 
-def test_the_second_run_trains_nothing_and_prepares_nothing(platform: LocalPlatform, make_workspace: MakeWorkspace) -> None:
+def test_the_second_run_trains_nothing_and_prepares_nothing(
+    platform: LocalPlatform, make_workspace: MakeWorkspace
+) -> None:
     path = make_workspace()
     first, _ = run(path, serve=False)
     second, told = run(path, serve=False)

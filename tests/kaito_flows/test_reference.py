@@ -26,7 +26,21 @@ def test_a_reference_is_read_as_docker_reads_it(text: str, expected: str) -> Non
 
 @pytest.mark.parametrize(
     "text",
-    ["", "Ubuntu", "acr.azurecr.io/IMAGE", "a//b", "a:", "a:b:c", "a b", "-a/b", "a/b@sha256:12", "Name/x", "a" + "/" * 3, "x:" + "t" * 129, "a\n"],
+    [
+        "",
+        "Ubuntu",
+        "acr.azurecr.io/IMAGE",
+        "a//b",
+        "a:",
+        "a:b:c",
+        "a b",
+        "-a/b",
+        "a/b@sha256:12",
+        "Name/x",
+        "a" + "/" * 3,
+        "x:" + "t" * 129,
+        "a\n",
+    ],
 )
 def test_what_is_no_reference_is_refused(text: str) -> None:
     with pytest.raises(ImageError, match="not an image reference"):

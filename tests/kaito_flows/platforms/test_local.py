@@ -14,13 +14,21 @@ from typing import Any
 import httpx
 import pytest
 
-from kaito_flows.errors import ConfigError, JobError, KilledError, OutOfMemoryError, PortTakenError, ServiceError
+from kaito_flows.errors import (
+    ConfigError,
+    JobError,
+    KaitoFlowsError,
+    KilledError,
+    OutOfMemoryError,
+    PortTakenError,
+    ServiceError,
+)
 from kaito_flows.platforms import JobSpec, LocalPlatform, Service, ServiceSpec, local
 from kaito_flows.platforms.processes import Process
 from kaito_flows.settings import Settings
 
 # A job that does what its arguments say; a service that answers /health as the real one does.
-PROGRAM = '''
+PROGRAM = """
 import json, os, pathlib, signal, sys, time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 job = json.load(open(sys.argv[1]))
@@ -44,7 +52,7 @@ if "failed" in job:
 if "silent" in job:
     print("Traceback: boom", file=sys.stderr); sys.exit(job["silent"])
 emit(event="completed", answer=42)
-'''
+"""
 
 
 @pytest.fixture
@@ -76,7 +84,9 @@ def test_a_job_returns_what_it_completed_with(platform: LocalPlatform) -> None:
 
 def test_files_and_links_lie_under_its_root_before_it_starts(platform: LocalPlatform, tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
-    spec = JobSpec("j", "w", "fixture_program", {}, {"mnt/config/c.yaml": "a: 1"}, {"workspace/weights": tmp_path / "weights"})
+    spec = JobSpec(
+        "j", "w", "fixture_program", {}, {"mnt/config/c.yaml": "a: 1"}, {"workspace/weights": tmp_path / "weights"}
+    )
     run(platform, spec)
     root = platform.home / "jobs/w/j"
     assert (root / "mnt/config/c.yaml").read_text() == "a: 1"
@@ -105,12 +115,12 @@ def test_a_job_that_still_runs_is_followed_and_not_started_twice(platform: Local
 
 
 def test_a_job_with_other_arguments_replaces_the_one_that_runs(platform: LocalPlatform, tmp_path: Path) -> None:
-    errors: list[Exception] = []
+    errors: list[KaitoFlowsError] = []
 
     def first() -> None:
         try:
             run(platform, job(wait_for=str(tmp_path / "never")))
-        except Exception as exc:
+        except KaitoFlowsError as exc:
             errors.append(exc)
 
     thread = threading.Thread(target=first)
@@ -153,7 +163,12 @@ def test_a_job_that_was_killed_may_be_tried_again(platform: LocalPlatform) -> No
 
 def test_stopping_the_jobs_of_a_workspace_leaves_none(platform: LocalPlatform, tmp_path: Path) -> None:
     spec = job(wait_for=str(tmp_path / "never"))
-    thread = threading.Thread(target=lambda: pytest.raises(KilledError, run, platform, spec))
+
+    def killed() -> None:
+        with pytest.raises(KilledError):
+            run(platform, spec)
+
+    thread = threading.Thread(target=killed)
     thread.start()
     while Process(platform.home / "jobs/w/j").pid is None:
         time.sleep(0.05)

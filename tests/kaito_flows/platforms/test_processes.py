@@ -64,9 +64,10 @@ def test_who_comes_later_reads_the_same_events(start: Start) -> None:
 def test_it_outlives_the_process_that_started_it(tmp_path: Path, start: Start) -> None:
     start(steps=0)
     (tmp_path / "starter.py").write_text(
-        "import sys\nfrom pathlib import Path\nfrom kaito_flows.platforms.processes import Process\n"
-        "Process(Path(sys.argv[1])).start('a_program', {'steps': 30, 'pause': 0.1, 'code': 0}, {'PYTHONPATH': sys.argv[2]})\n"
-        "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom kaito_flows.platforms.processes import Process\n"
+        "job = {'steps': 30, 'pause': 0.1, 'code': 0}\n"
+        "Process(Path(sys.argv[1])).start('a_program', job, {'PYTHONPATH': sys.argv[2]})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     folder = tmp_path / "other"
     folder.mkdir()

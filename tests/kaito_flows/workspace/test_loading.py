@@ -208,9 +208,7 @@ def test_a_document_that_is_wrong_is_refused(seed: dict[str, Any], change: dict[
         ("preset", {"name": "gpt-5"}, "Unsupported tuning preset name gpt-5"),
     ],
 )
-def test_a_tuning_section_that_is_wrong_is_refused(
-    seed: dict[str, Any], section: str, value: Any, fault: str
-) -> None:
+def test_a_tuning_section_that_is_wrong_is_refused(seed: dict[str, Any], section: str, value: Any, fault: str) -> None:
     seed["tuning"][section] = value
     assert any(fault in told for told in faults(seed))
 
