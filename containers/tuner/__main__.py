@@ -41,16 +41,17 @@ def main(job: TunerJob) -> dict[str, Any]:
 
 
 def _tune(job: TunerJob, config: TrainingConfig) -> dict[str, Any]:
-    emit("stage", name="load libraries")
     _prepare_libraries()
-    from kaito_flows.containers.tuner import data, model, training
-
     timings: dict[str, float] = {}
     with _stage("read the dataset", timings):
+        from kaito_flows.containers.tuner import data
+
         source = open_image(job.dataset)
         data.unpack(source, job.data)
         dataset = data.load_dataset(job.data)
     with _stage("load the model", timings):
+        from kaito_flows.containers.tuner import model, training
+
         base = model.load_base(job.weights, config)
         vocabulary = base.get_input_embeddings().weight.shape[0]
         for name, split in (("train", dataset.train), ("validation", dataset.validation)):

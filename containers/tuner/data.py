@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from kaito_flows.errors import DatasetError, disk_errors
 from kaito_flows.oci.images import Image, extract
 
-__all__ = ["Batch", "Dataset", "Split", "epoch_order", "load_dataset", "unpack"]
+__all__ = ["Batch", "Dataset", "Split", "epoch_order", "lay_out", "load_dataset", "unpack"]
 
 FORMAT_VERSION = 1
 NAMES = ("input_ids", "loss_mask", "position_ids")
@@ -62,20 +62,29 @@ class Split:
         return self.input_ids.shape[0]
 
     def batch(self, rows: torch.Tensor, device: torch.device) -> Batch:
-        """Return these rows on the device, without the padding that all of them have."""
-        # A multiple of 8 suits the matrix units of GPUs.
-        length = min(-(-int(self.lengths[rows].max()) // 8) * 8, self.input_ids.shape[1])
-        ids = self.input_ids[rows, :length].long()
-        positions = self.position_ids[rows, :length].long()
+        """Return the documents of these rows on the device, laid out anew so that training on them costs least.
+
+        Documents do not see each other, so where they lie makes no difference to what is learned.
+        """
+        real = torch.arange(self.input_ids.shape[1]) < self.lengths[rows, None]
+        ids, mask, positions = (t[rows][real].long() for t in (self.input_ids, self.loss_mask, self.position_ids))
+        starts = (positions == 0).nonzero()[:, 0]
+        sizes = torch.diff(starts, append=torch.tensor([len(ids)]))
+        width, used, places = lay_out(sizes.tolist(), self.input_ids.shape[1])
+        at = torch.tensor(places).repeat_interleave(sizes) + positions
+        # What no document fills is a document of its own.
+        new_positions = (torch.arange(width) - torch.tensor(used)[:, None]).flatten()
+        new_positions[at] = positions
+        new_ids = torch.zeros_like(new_positions)
+        new_ids[at] = ids
         # A document's first token has nothing before it.
-        is_target = (self.loss_mask[rows, :length] != 0) & (positions != 0)
-        labels_at = is_target.flatten().nonzero()[:, 0]
+        is_target = (mask != 0) & (positions != 0)
         return Batch(
-            input_ids=ids.to(device),
-            position_ids=positions.to(device),
-            sources=(labels_at - 1).to(device),
-            labels=ids.flatten()[labels_at].to(device),
-            tokens=int(self.lengths[rows].sum()),
+            input_ids=new_ids.view(-1, width).to(device),
+            position_ids=new_positions.view(-1, width).to(device),
+            sources=(at[is_target] - 1).to(device),
+            labels=ids[is_target].to(device),
+            tokens=len(ids),
         )
 
     def batches(self, rows: torch.Tensor, size: int, device: torch.device) -> Iterator[Batch]:
@@ -108,6 +117,47 @@ class Dataset:
     train: Split
     validation: Split | None
     facts: dict[str, Any]
+
+
+LINEAR_COST = 2048
+"""What a token costs in the linear layers, in units of what it costs to attend to one other token; measured roughly."""
+
+
+def lay_out(sizes: Sequence[int], longest_row: int) -> tuple[int, list[int], list[int]]:
+    """Lay documents of these sizes into rows of one width, first fit decreasing, so that training on them costs least.
+
+    Each token costs its way through the linear layers, padding too, and attention to each token of its row. So narrow
+    rows are good, unless too much of them is padding. The widths tried are the longest document's and its doubles.
+
+    Returns:
+        the width, how much of each row is used, and the place of each document in the flattened rows.
+    """
+    best: tuple[int, list[int], list[int]] | None = None
+    width = -(-max(sizes) // 8) * 8  # a multiple of 8 suits the matrix units of GPUs
+    while True:
+        used, places = _first_fit(sizes, width)
+        if best is None or _cost(used, width) < _cost(best[1], best[0]):
+            best = width, used, places
+        if len(used) == 1 or 2 * width > longest_row:
+            return best
+        width *= 2
+
+
+def _cost(used: Sequence[int], width: int) -> int:
+    return len(used) * width * (LINEAR_COST + width)
+
+
+def _first_fit(sizes: Sequence[int], width: int) -> tuple[list[int], list[int]]:
+    used: list[int] = []
+    places = [0] * len(sizes)
+    for document in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        size = sizes[document]
+        row = next((row for row, filled in enumerate(used) if filled + size <= width), len(used))
+        if row == len(used):
+            used.append(0)
+        places[document] = row * width + used[row]
+        used[row] += size
+    return used, places
 
 
 def epoch_order(rows: int, seed: int, epoch: int, *, shuffle: bool) -> torch.Tensor:

@@ -26,10 +26,14 @@ def loss_sum(model: Any, batch: Batch) -> torch.Tensor:
     def select(_head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (inputs[0].flatten(0, 1).index_select(0, batch.sources)[None],)
 
+    embedding = model.get_input_embeddings().weight
+    half = embedding.dtype in (torch.bfloat16, torch.float16)
     hook = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        # No attention mask, and no cache: then positions that restart keep the documents of a row apart.
-        output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        # LoRA's float32 matrices are multiplied in the model's type, as what they are added to is.
+        with torch.autocast(embedding.device.type, embedding.dtype, enabled=half):
+            # No attention mask, and no cache: then positions that restart keep the documents of a row apart.
+            output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     finally:
         hook.remove()
     return functional.cross_entropy(output.logits[0].float(), batch.labels, reduction="sum")
