@@ -13,8 +13,9 @@ from prefect.flows import Flow
 from prefect.runtime import flow_run as current_run
 from pydantic import Field
 
-from kaito_flows.errors import KaitoFlowsError
+from kaito_flows.errors import InputError, KaitoFlowsError
 from kaito_flows.nodes import LocalNodes
+from kaito_flows.planning.plan import DatasetFacts
 from kaito_flows.platforms import LocalPlatform
 from kaito_flows.report import report_markdown
 from kaito_flows.settings import Settings
@@ -23,7 +24,7 @@ from kaito_flows.tasks.check_access import check_access
 from kaito_flows.tasks.fetch_weights import fetch_weights
 from kaito_flows.tasks.plan_workspace import plan as plan_task
 from kaito_flows.tasks.plan_workspace import refine_plan
-from kaito_flows.tasks.prepare_dataset import facts_of, prepare
+from kaito_flows.tasks.prepare_dataset import prepare
 from kaito_flows.tasks.progress import listening, log, tell
 from kaito_flows.tasks.provision_nodes import provision_nodes, release_nodes
 from kaito_flows.tasks.publish import publish
@@ -102,7 +103,7 @@ def tune_workspace(
             # On a CPU, while nodes boot.
             weights = fetch_weights(plan.preset, platform)
             dataset = prepare(file, plan, weights, platform)
-            plan = refine_plan(plan, facts_of(dataset))
+            plan = refine_plan(plan, DatasetFacts.of(dataset.image.digest, dataset.facts))
             lease = lease_to_come.result()
             status.set(RESOURCE_READY, "True", "workspaceResourceStatusSuccess", ", ".join(lease.nodes))
             status.set(JOB_STARTED, "True", "WorkspaceTuningJobStatusStarted")
@@ -154,9 +155,10 @@ def _status_of(workspace: Workspace, platform: LocalPlatform) -> Iterator[Worksp
     try:
         yield status
     except Exception as exc:
-        # What still runs of a run that failed would run for nobody. (A run that is killed gets here never, and its job
-        # is taken up by the next.)
-        platform.stop_jobs(workspace.name)
+        # Bad input is found before a job runs, or by the job itself. After any other failure the job would run for
+        # nobody. (A run that is killed never gets here: its job is taken up by the next.)
+        if not isinstance(exc, InputError):
+            platform.stop_jobs(workspace.name)
         code = exc.code if isinstance(exc, KaitoFlowsError) else "unexpected-error"
         status.state = "Failed"
         status.set(WORKSPACE_SUCCEEDED, "False", "workspaceFailed", f"{exc if str(exc) else code}")

@@ -63,21 +63,21 @@ def report_markdown(facts: Mapping[str, Any]) -> str:
     lines = [f"# {facts['workspace']}", ""]
     if facts["reused"]:
         lines += ["Nothing was trained: an adapter with the same inputs was there already.", ""]
-    lines += ["| | |", "|---|---|"]
+    lines += ["| | result |", "|---|---|"]
     lines += [f"| image | `{adapter['reference']}` |", f"| digest | `{adapter['digest']}` |"]
     if before and after:
         change = after["loss"] - before["loss"]
         lines.append(f"| held-out loss | {before['loss']:.3f} → **{after['loss']:.3f}** ({change:+.3f}) |")
         lines.append(f"| held-out perplexity | {before['perplexity']:.2f} → **{after['perplexity']:.2f}** |")
-    lines += [f"| {_words(key)} | {value} |" for key, value in facts["metrics"]["training"].items()]
+    lines += [f"| {_words(key)} | {_number(value)} |" for key, value in facts["metrics"]["training"].items()]
     lines += [f"| run identity | `{facts['identity']}` |", ""]
     if svg := loss_curve(training, held_out):
         encoded = base64.b64encode(svg.encode()).decode()
         lines += ["## Loss", "", f"![loss by step](data:image/svg+xml;base64,{encoded})", ""]
     if answers := facts.get("answers"):
         asked = " / ".join(_cell(m["content"]) for m in answers["messages"] if m["role"] == "user")
-        lines += ["## The same prompt, before and after", "", f"**{asked}**", "", "| | answer |", "|---|---|"]
-        lines += [f"| {who} | {_cell(answers[key])} |" for who, key in _ANSWERS]
+        lines += ["## The same prompt, before and after", "", f"**{asked}**", ""]
+        lines += [f"- {who}: {_cell(answers[key])}" for who, key in _ANSWERS]
         lines.append("")
     if service := facts.get("service"):
         lines += ["## Service", "", f"`{service['url']}` serves {', '.join(f'`{m}`' for m in service['models'])}.", ""]
@@ -87,6 +87,10 @@ def report_markdown(facts: Mapping[str, Any]) -> str:
 
 
 _ANSWERS = (("base model", "base"), ("tuned model", "tuned"), ("the data", "expected"))
+
+
+def _number(value: float | None) -> str:
+    return f"{value:,}" if isinstance(value, int) else "" if value is None else f"{value:.4g}"
 
 
 def _words(key: str) -> str:

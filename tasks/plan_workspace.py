@@ -29,8 +29,8 @@ def refine_plan(plan: Plan, dataset: DatasetFacts) -> Plan:
     """Fill in what only the prepared data can tell: steps, time, cost, and the run's identity."""
     refined = plan.with_dataset(dataset)
     _show(refined)
-    known = {row["item"] for row in plan.table_rows()}
-    tell("plan", "planned", rows=[row for row in refined.table_rows() if row["item"] not in known])
+    known = [row["value"] for row in plan.table_rows()]
+    tell("plan", "planned", rows=[row for row in refined.table_rows() if row["value"] not in known])
     return refined
 
 

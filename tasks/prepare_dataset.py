@@ -10,10 +10,8 @@ from prefect.cache_policies import NO_CACHE
 from kaito_flows.dataset import DatasetParameters, PreparedDataset, fetch, prepare_dataset
 from kaito_flows.errors import PlanError
 from kaito_flows.oci.images import read_file
-from kaito_flows.oci.layout import Layout
-from kaito_flows.planning.plan import DatasetFacts, Plan
+from kaito_flows.planning.plan import Plan
 from kaito_flows.platforms import LocalPlatform
-from kaito_flows.reference import Reference
 from kaito_flows.tasks.artifacts import show_markdown
 from kaito_flows.tasks.progress import log, stage, tell
 from kaito_flows.workspace import WorkspaceFile
@@ -26,10 +24,9 @@ def prepare(file: WorkspaceFile, plan: Plan, weights: Path, platform: LocalPlatf
     if tuning is None or file.training_config is None:
         raise PlanError("no tuning section", place="tuning")
     with stage("prepare dataset"):
-        sources = fetch(tuning.input.urls, platform.home / "cache" / "downloads", allow_files=True)
-        layout = Layout(platform.settings.repository(Reference.parse(tuning.output.image)))
-        parameters = DatasetParameters.from_config(plan.config)
-        dataset = prepare_dataset(sources, weights, parameters, layout)
+        sources = fetch(tuning.input.urls, platform.downloads, allow_files=True)
+        layout = platform.repository(tuning.output.image)
+        dataset = prepare_dataset(sources, weights, DatasetParameters.from_config(plan.config), layout)
         tell(
             "prepare dataset", "dataset", reused=dataset.reused, digest=dataset.image.digest, **dataset.facts["splits"]
         )
@@ -37,17 +34,3 @@ def prepare(file: WorkspaceFile, plan: Plan, weights: Path, platform: LocalPlatf
         report = read_file(dataset.image, "data/report.md").decode()
         show_markdown("dataset-report", report, f"Dataset of {plan.workspace}")
         return dataset
-
-
-def facts_of(dataset: PreparedDataset) -> DatasetFacts:
-    """What the plan needs to know of a prepared dataset."""
-    train = dataset.facts["splits"]["train"]
-    validation = dataset.facts["splits"].get("validation") or {"rows": 0, "tokens": 0}
-    return DatasetFacts(
-        digest=dataset.image.digest,
-        train_rows=train["rows"],
-        train_tokens=train["tokens"],
-        validation_rows=validation["rows"],
-        validation_tokens=validation["tokens"],
-        sequence_length=dataset.facts["sequence_length"],
-    )

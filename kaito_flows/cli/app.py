@@ -14,7 +14,9 @@ from kaito_flows.cli import output
 from kaito_flows.errors import InputError, KaitoFlowsError, WorkspaceError
 
 if TYPE_CHECKING:
+    from kaito_flows.planning.plan import Plan
     from kaito_flows.platforms.local import LocalPlatform
+    from kaito_flows.workspace import WorkspaceFile
 
 app = typer.Typer(
     name="kaito-flows",
@@ -81,6 +83,7 @@ def plan(
     platform: Annotated[
         str, typer.Option("--platform", help="local or kubernetes; default: by whether the file names a size.")
     ] = "",
+    data: Annotated[bool, typer.Option("--data", help="Prepare the data too: steps, time, cost, identity.")] = False,
 ) -> None:
     """Say what a Workspace will take: memory, GPU sizes that fit, price; steps and time once its data is prepared."""
     from kaito_flows.planning.plan import plan_workspace
@@ -91,6 +94,8 @@ def plan(
     loaded = load_workspace(file, "kubernetes" if platform == "kubernetes" else "local")
     sized = bool(loaded.workspace.resource.instance_type)
     made = plan_workspace(loaded, "kubernetes" if platform == "kubernetes" or (sized and not platform) else "local")
+    if data:
+        made = _with_data(loaded, made)
     if as_json:
         output.json_facts(made.as_dict())
         return
@@ -212,6 +217,22 @@ def delete(name: Name, as_json: AsJson = False) -> None:
         output.json_facts({"deleted": name, "stopped": stopped})
     else:
         output.line(f"deleted {name}" + (f": stopped {', '.join(stopped)}" if stopped else ""))
+
+
+def _with_data(loaded: WorkspaceFile, made: Plan) -> Plan:
+    """Prepare the dataset as a run would, and refine the plan by it; the run then finds it."""
+    from kaito_flows.dataset import DatasetParameters, fetch, prepare_dataset
+    from kaito_flows.planning.plan import DatasetFacts
+
+    tuning, platform = loaded.workspace.tuning, _platform()
+    if tuning is None or not tuning.input.urls or not tuning.output.image:
+        raise InputError("only data behind input.urls can be prepared here", place="--data", code="not-supported")
+    source = made.preset.source.model_dump(mode="json", exclude_none=True)
+    folder = platform.ensure_weights(made.preset.name, source, lambda event: None)
+    files = fetch(tuning.input.urls, platform.downloads, allow_files=True)
+    layout = platform.repository(tuning.output.image)
+    dataset = prepare_dataset(files, folder, DatasetParameters.from_config(made.config), layout)
+    return made.with_dataset(DatasetFacts.of(dataset.image.digest, dataset.facts))
 
 
 def _platform() -> LocalPlatform:

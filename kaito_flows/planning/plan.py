@@ -50,6 +50,20 @@ class DatasetFacts:
     validation_tokens: int
     sequence_length: int
 
+    @classmethod
+    def of(cls, digest: str, facts: Mapping[str, Any]) -> DatasetFacts:
+        """Take from a dataset image's `dataset.json` what a plan needs."""
+        train = facts["splits"]["train"]
+        validation = facts["splits"].get("validation") or {"rows": 0, "tokens": 0}
+        return cls(
+            digest=digest,
+            train_rows=train["rows"],
+            train_tokens=train["tokens"],
+            validation_rows=validation["rows"],
+            validation_tokens=validation["tokens"],
+            sequence_length=facts["sequence_length"],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -143,26 +157,32 @@ class Plan:
         """The plan as rows for people: `item` and `value`."""
         memory, lora = self.memory, self.config["LoraConfig"]
         parts = ("weights", "adapter", "activations", "logits", "overhead")
-        rows = {
-            "model": f"{self.preset.model_id} ({self.preset.parameters.total / 1e6:,.0f} million parameters)",
-            "method": f"{self.method}, r {lora['r']} on {', '.join(lora['target_modules'])}",
-            "adapter": f"{memory.adapter_parameters:,} parameters",
-            "memory": f"{_gib(memory.total)} = {' + '.join(f'{_gib(getattr(memory, p))} {p}' for p in parts)}",
-            "device": self.device,
-            "GPU sizes that fit": "; ".join(map(str, self.candidates[:3])) or "none on one GPU",
-            "price": self._price(),
-        }
+        model, parameters = self.preset.model_id, self.preset.parameters.total
+        rows = [
+            ("model", f"{model} ({parameters / 1e6:,.0f} million parameters)"),
+            ("method", f"{self.method}, r {lora['r']}, {memory.adapter_parameters:,} parameters"),
+            ("adapted", ", ".join(lora["target_modules"])),
+            ("memory", f"about {_gib(memory.total)}"),
+            *(("", f"{_gib(getattr(memory, part))} {part}") for part in parts),
+            ("device", self.device),
+            ("price", self._price()),
+        ]
+        fitting = self.candidates[:3]
+        rows += [("" if i else "sizes that fit", str(c)) for i, c in enumerate(fitting)]
+        rows += [] if fitting else [("sizes that fit", "none on one GPU")]
         if self.dataset is not None and self.steps is not None and self.seconds is not None:
             facts = self.dataset
-            rows["dataset"] = f"{facts.train_rows:,} rows of {facts.sequence_length:,}, {facts.train_tokens:,} tokens"
-            rows["held out"] = f"{facts.validation_rows:,} rows, {facts.validation_tokens:,} tokens"
-            rows["steps"] = f"{self.steps:,}"
-            rows["time"] = f"about {_duration(self.seconds)}"
-            rows["cost"] = f"about {self.cost_usd:.2f} USD" if self.cost_usd else self._price()
-            rows["identity"] = self.identity
+            rows += [
+                ("dataset", f"{facts.train_rows:,} rows of {facts.sequence_length:,}, {facts.train_tokens:,} tokens"),
+                ("held out", f"{facts.validation_rows:,} rows, {facts.validation_tokens:,} tokens"),
+                ("steps", f"{self.steps:,}"),
+                ("time", f"about {_duration(self.seconds)}"),
+                ("cost", f"about {self.cost_usd:.2f} USD" if self.cost_usd else self._price()),
+                ("identity", self.identity),
+            ]
         else:
-            rows["steps, time, cost"] = "known once the dataset is prepared"
-        return [{"item": item, "value": value} for item, value in rows.items()]
+            rows.append(("steps, time, cost", "known once the data is prepared (plan --data)"))
+        return [{"item": item, "value": value} for item, value in rows]
 
     def _price(self) -> str:
         if self.platform == "local":

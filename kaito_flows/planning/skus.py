@@ -108,7 +108,7 @@ def _cheapest_first(candidate: Candidate) -> tuple[float, str]:
 
 
 def _gpus(sku: Sku) -> str:
-    return f"{sku.gpus} x {sku.gpu_model}, {sku.gpu_memory_gib:g} GiB"
+    return f"{sku.gpus} x {sku.gpu_model.removeprefix('NVIDIA ')}, {sku.gpu_memory_gib:g} GiB"
 
 
 def _today() -> datetime.date:

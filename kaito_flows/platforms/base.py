@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from kaito_flows.oci.layout import Layout
+
 Event = dict[str, Any]
 """One line that a job printed: `event` says of which kind, the other keys are its facts."""
 
@@ -54,6 +56,14 @@ class Service:
 
 class Platform(Protocol):
     """Runs jobs and services; flows and tasks do not know which platform they have."""
+
+    def repository(self, image: str) -> Layout:
+        """Return the repository that an image reference of a Workspace names.
+
+        Raises:
+            ImageError: it is no image reference.
+        """
+        ...
 
     def run_job(self, spec: JobSpec, on_event: Callable[[Event], None]) -> Event:
         """Run the job to its end, or follow the one that already runs; return its `completed` event.

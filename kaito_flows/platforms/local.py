@@ -20,8 +20,10 @@ import httpx
 
 from kaito_flows.canonical import canonical_digest
 from kaito_flows.errors import KaitoFlowsError, KilledError, PortTakenError, ServiceError, disk_errors, from_job_exit
+from kaito_flows.oci.layout import Layout
 from kaito_flows.platforms.base import Event, JobSpec, Service, ServiceSpec
 from kaito_flows.platforms.processes import KILLED, Process, locked
+from kaito_flows.reference import Reference
 from kaito_flows.settings import Settings
 
 FIRST_PORT = 5000
@@ -36,6 +38,15 @@ class LocalPlatform:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.home = settings.folder
+        self.downloads = self.home / "cache" / "downloads"
+
+    def repository(self, image: str) -> Layout:
+        """Return the folder that stands for the repository of an image reference.
+
+        Raises:
+            ImageError: it is no image reference.
+        """
+        return Layout(self.settings.repository(Reference.parse(image)))
 
     def run_job(self, spec: JobSpec, on_event: Callable[[Event], None]) -> Event:
         """Run the job to its end, or follow the one that already runs; return its `completed` event.

@@ -212,4 +212,5 @@ class WorkspaceV1beta1(_WorkspaceBase):
     tuning: TuningSpecV1beta1 | None = Field(None, title="Tuning")
 
 
-Workspace = Annotated[WorkspaceV1alpha1 | WorkspaceV1beta1, Field(discriminator="api_version")]
+# No discriminator: Prefect's form shows a plain union as tabs, and one with a discriminator as bare JSON.
+Workspace = WorkspaceV1beta1 | WorkspaceV1alpha1

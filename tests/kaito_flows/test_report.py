@@ -16,7 +16,7 @@ FACTS: dict[str, Any] = {
     "adapter": {"reference": "oci:/r:latest", "digest": "sha256:1"},
     "metrics": {
         "evaluation": {"before": {"loss": 4.0, "perplexity": 54.6}, "after": {"loss": 2.5, "perplexity": 12.18}},
-        "training": {"steps": 2, "trained_tokens": 10},
+        "training": {"steps": 2, "trained_tokens": 10_000},
     },
     "history": [
         {"event": "evaluation", "step": 0, "loss": 4.0},
@@ -58,7 +58,8 @@ def test_the_report_tells_the_proof_the_answers_and_the_service() -> None:
     text = report_markdown(FACTS)
     assert "| held-out loss | 4.000 → **2.500** (-1.500) |" in text
     assert "**a \\| b &lt;c&gt;**" in text
-    assert "| tuned model | y |" in text
+    assert "- tuned model: y\n" in text
+    assert "| trained tokens | 10,000 |" in text
     assert "`http://127.0.0.1:5000` serves `base`, `w`." in text
     [encoded] = re.findall(r"base64,([A-Za-z0-9+/=]+)\)", text)
     assert base64.b64decode(encoded).startswith(b"<svg")

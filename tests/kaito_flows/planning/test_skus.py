@@ -73,7 +73,7 @@ def test_a_size_newer_than_the_list_passes_as_kaito_lets_it(name: str) -> None:
         ("Standard_NC4as_T4_v3", 5, True, "no-bf16", "compute capability 7.5"),
         ("Standard_NC12s_v3", 5, True, "no-bf16", "was retired by Azure on 2025-09-30"),
         ("Standard_NC12s_v3", 50, False, "gpu-too-small", "was retired by Azure on 2025-09-30"),
-        ("Standard_NC6s_v3", 5, False, "retired-instance-type", "1 x NVIDIA V100, 16 GiB"),
+        ("Standard_NC6s_v3", 5, False, "retired-instance-type", "1 x V100, 16 GiB"),
         ("p4d.24xlarge", 5, True, "unknown-instance-type", "'p4d.24xlarge'"),
         ("NC24ads_A100_v4", 5, True, "unknown-instance-type", "unknown size"),
     ],
