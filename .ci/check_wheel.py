@@ -9,17 +9,12 @@ import zipfile
 from pathlib import Path
 
 ROOTS = ("kaito_flows", "flows", "tasks", "presets", "containers")
-SHIPPED = (".py", ".yaml", ".j2", "py.typed")
 
 
 def main(wheel: Path, folder: Path) -> int:
     """Return 0 when they agree, else print the difference and return 1."""
     tracked = subprocess.run(["git", "ls-files", *ROOTS], capture_output=True, text=True, check=True).stdout.split()
-    wanted = {
-        name if name.startswith("kaito_flows/") else f"kaito_flows/{name}"
-        for name in tracked
-        if name.endswith(SHIPPED) or Path(name).name.startswith("Dockerfile")
-    }
+    wanted = {name if name.startswith("kaito_flows/") else f"kaito_flows/{name}" for name in tracked}
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
         held = {name for name in archive.namelist() if ".dist-info/" not in name}

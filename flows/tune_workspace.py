@@ -14,7 +14,7 @@ from prefect.runtime import flow_run as current_run
 from pydantic import Field
 
 from kaito_flows.errors import InputError, KaitoFlowsError
-from kaito_flows.nodes import LocalNodes
+from kaito_flows.nodes import LocalNodes, NodeLease
 from kaito_flows.planning.plan import DatasetFacts
 from kaito_flows.platforms import LocalPlatform
 from kaito_flows.report import report_markdown
@@ -25,7 +25,7 @@ from kaito_flows.tasks.fetch_weights import fetch_weights
 from kaito_flows.tasks.plan_workspace import plan as plan_task
 from kaito_flows.tasks.plan_workspace import refine_plan
 from kaito_flows.tasks.prepare_dataset import prepare
-from kaito_flows.tasks.progress import listening, log, tell
+from kaito_flows.tasks.progress import listening, log
 from kaito_flows.tasks.provision_nodes import provision_nodes, release_nodes
 from kaito_flows.tasks.publish import publish
 from kaito_flows.tasks.roll_out import roll_out
@@ -93,9 +93,9 @@ def tune_workspace(
             seconds[stage] = event["seconds"]
 
     document = workspace.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    document["apiVersion"] = workspace.api_version  # a form leaves out what has only one value
+    file = parse_workspace(document, "local", training_config=training_config)
     with listening(keep_time), _status_of(workspace, platform) as status:
-        tell("run", "run", id=current_run.id)
-        file = parse_workspace(document, "local", training_config=training_config)
         plan = plan_task(file, "local")
         check_access(file, plan, platform, port)
         lease_to_come = provision_nodes.submit(plan, nodes)
@@ -107,10 +107,14 @@ def tune_workspace(
             lease = lease_to_come.result()
             status.set(RESOURCE_READY, "True", "workspaceResourceStatusSuccess", ", ".join(lease.nodes))
             status.set(JOB_STARTED, "True", "WorkspaceTuningJobStatusStarted")
+            platform.check_known(workspace.name)
             platform.write_status(workspace.name, status.as_dict())
             adapter = tune(plan, dataset, lease, weights, platform)
         finally:
-            release_nodes(lease_to_come.result(), nodes)
+            # A lease that failed is told where it is asked for; there is nothing to give back.
+            leased = lease_to_come.result(raise_on_failure=False)
+            if isinstance(leased, NodeLease):
+                release_nodes(leased, nodes)
         output = workspace.tuning.output.image if workspace.tuning else ""
         reference = publish(adapter, output)
         facts: dict[str, Any] = {
@@ -149,6 +153,7 @@ def _status_of(workspace: Workspace, platform: LocalPlatform) -> Iterator[Worksp
         generation=workspace.metadata.generation or 1,
         state="Running",
         conditions=WorkspaceStatus.from_dict(before).conditions if before else {},
+        facts=before["facts"] if before else {},
     )
     status.set(WORKSPACE_SUCCEEDED, "False", "workspacePending", "running")
     platform.write_status(workspace.name, status.as_dict())
@@ -163,11 +168,17 @@ def _status_of(workspace: Workspace, platform: LocalPlatform) -> Iterator[Worksp
         status.state = "Failed"
         status.set(WORKSPACE_SUCCEEDED, "False", "workspaceFailed", f"{exc if str(exc) else code}")
         raise
+    except BaseException:
+        # Ctrl-C or a cancellation; the job, if it still runs, is stopped by who asked for that.
+        status.state = "Stopped"
+        status.set(WORKSPACE_SUCCEEDED, "False", "workspaceStopped", "interrupted")
+        raise
     else:
         status.state = "Succeeded"
         status.set(WORKSPACE_SUCCEEDED, "True", "workspaceSucceeded")
     finally:
-        platform.write_status(workspace.name, status.as_dict())
+        if platform.read_status(workspace.name) is not None:  # else it was deleted meanwhile
+            platform.write_status(workspace.name, status.as_dict())
         rows = [columns(status)]
         artifacts.show_table("workspace-status", rows, f"Status of {workspace.name}")
         log(f"workspace {workspace.name}: {status.state}")

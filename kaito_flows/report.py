@@ -55,7 +55,7 @@ def loss_curve(training: Sequence[tuple[int, float]], held_out: Sequence[tuple[i
 
 
 def report_markdown(facts: Mapping[str, Any]) -> str:
-    """Write the report of a run from the facts that the flow returns (`TuneReport.as_dict`)."""
+    """Write the report of a run from the facts that the flow returns."""
     adapter, history = facts["adapter"], facts["history"]
     training = [(int(e["step"]), float(e["loss"])) for e in history if e["event"] == "progress"]
     held_out = [(int(e["step"]), float(e["loss"])) for e in history if e["event"] == "evaluation"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 
 from prefect import task
@@ -11,13 +10,13 @@ from prefect.cache_policies import NO_CACHE
 from kaito_flows.dataset import probe
 from kaito_flows.errors import DiskFullError, Fault, PlanError, WorkspaceError
 from kaito_flows.planning.plan import Plan
-from kaito_flows.platforms import LocalPlatform
+from kaito_flows.platforms import Platform
 from kaito_flows.tasks.progress import log, stage
 from kaito_flows.workspace import WorkspaceFile
 
 
 @task(name="check-access", task_run_name="check-access-{plan.workspace}", cache_policy=NO_CACHE)
-def check_access(file: WorkspaceFile, plan: Plan, platform: LocalPlatform, port: int | None) -> None:
+def check_access(file: WorkspaceFile, plan: Plan, platform: Platform, port: int | None) -> None:
     """Raise now what would else fail after the training: placeholders, data, disk, port."""
     with stage("check access"):
         _refuse(file.placeholders)
@@ -36,7 +35,7 @@ def check_access(file: WorkspaceFile, plan: Plan, platform: LocalPlatform, port:
                 raise PlanError("is not supported on this machine", place=path, hint=hint, code="not-supported")
         sizes = probe(tuning.input.urls, allow_files=True)
         log(f"dataset: {sum(size or 0 for size in sizes):,} bytes in {len(sizes)} file(s)")
-        platform.check_port(plan.workspace, port)
+        platform.check_service(plan.workspace, port)
         _check_disk(platform, plan)
 
 
@@ -45,12 +44,12 @@ def _refuse(placeholders: Sequence[Fault]) -> None:
         raise WorkspaceError(placeholders)
 
 
-def _check_disk(platform: LocalPlatform, plan: Plan) -> None:
-    platform.home.mkdir(parents=True, exist_ok=True)
-    free, needed = shutil.disk_usage(platform.home).free, plan.disk_bytes
-    if free < needed:
+def _check_disk(platform: Platform, plan: Plan) -> None:
+    source = plan.preset.source.model_dump(mode="json", exclude_none=True)
+    needed = plan.run_disk_bytes if platform.has_weights(plan.preset.name, source) else plan.disk_bytes
+    if (free := platform.free_bytes()) < needed:
         raise DiskFullError(
             f"{free / 1e9:.1f} GB free, and about {needed / 1e9:.1f} GB needed",
-            place=str(platform.home),
+            place="KAITO_FLOWS_HOME",
             hint="free some space, or set KAITO_FLOWS_HOME elsewhere",
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from kaito_flows.platforms import LocalPlatform
+from kaito_flows.platforms import Platform
 from kaito_flows.presets.loader import Preset
 from kaito_flows.tasks.progress import log, relay, stage
 from kaito_flows.tasks.retries import RETRY_DELAYS, is_retryable
@@ -21,7 +21,7 @@ from kaito_flows.tasks.retries import RETRY_DELAYS, is_retryable
     retry_delay_seconds=RETRY_DELAYS,
     retry_condition_fn=is_retryable,
 )
-def fetch_weights(preset: Preset, platform: LocalPlatform) -> Path:
+def fetch_weights(preset: Preset, platform: Platform) -> Path:
     """Return the folder that holds the model and its tokenizer."""
     with stage("fetch weights"):
         source = preset.source.model_dump(mode="json", exclude_none=True)

@@ -11,14 +11,14 @@ from kaito_flows.dataset import DatasetParameters, PreparedDataset, fetch, prepa
 from kaito_flows.errors import PlanError
 from kaito_flows.oci.images import read_file
 from kaito_flows.planning.plan import Plan
-from kaito_flows.platforms import LocalPlatform
+from kaito_flows.platforms import Platform
 from kaito_flows.tasks.artifacts import show_markdown
 from kaito_flows.tasks.progress import log, stage, tell
 from kaito_flows.workspace import WorkspaceFile
 
 
 @task(name="prepare-dataset", task_run_name="prepare-dataset-{plan.workspace}", cache_policy=NO_CACHE)
-def prepare(file: WorkspaceFile, plan: Plan, weights: Path, platform: LocalPlatform) -> PreparedDataset:
+def prepare(file: WorkspaceFile, plan: Plan, weights: Path, platform: Platform) -> PreparedDataset:
     """Return the dataset image, made now or found by its key, and show its report."""
     tuning = file.workspace.tuning
     if tuning is None or file.training_config is None:

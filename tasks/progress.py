@@ -33,7 +33,8 @@ def listening(listener: Listener) -> Iterator[None]:
 def tell(stage: str, event: str, **facts: Any) -> None:
     """Tell every listener of this run."""
     for listener in _listeners.get():
-        listener(stage, {"event": event, **facts})
+        with contextlib.suppress(BrokenPipeError):  # nobody reads any more: the work goes on
+            listener(stage, {"event": event, **facts})
 
 
 def log(message: str, *, warning: bool = False) -> None:

@@ -14,7 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from kaito_flows.chat import Message, ask
 from kaito_flows.oci.images import Image, read_file
 from kaito_flows.planning.plan import Plan
-from kaito_flows.platforms import JobSpec, LocalPlatform, Service, ServiceSpec
+from kaito_flows.platforms import JobSpec, Platform, Service, ServiceSpec
 from kaito_flows.tasks.progress import log, stage
 
 SMOKE_TOKENS = 48
@@ -32,10 +32,11 @@ class Answers:
 
 @task(name="roll-out", task_run_name="roll-out-{plan.workspace}", cache_policy=NO_CACHE)
 def roll_out(
-    plan: Plan, adapter: Image, dataset: Image, weights: Path, platform: LocalPlatform, port: int | None
+    plan: Plan, adapter: Image, dataset: Image, weights: Path, platform: Platform, port: int | None
 ) -> tuple[Service, Answers]:
     """Bring the service up, and ask the same prompt of the base model and of the tuned one."""
     with stage("roll out"):
+        platform.check_known(plan.workspace)
         answers: list[Answers] = []
 
         def probe(service: Service) -> None:

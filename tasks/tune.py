@@ -15,7 +15,7 @@ from kaito_flows.errors import ImageError
 from kaito_flows.nodes import NodeLease
 from kaito_flows.oci.images import Image, open_image, read_file
 from kaito_flows.planning.plan import Plan
-from kaito_flows.platforms import Event, JobSpec, LocalPlatform
+from kaito_flows.platforms import Event, JobSpec, Platform
 from kaito_flows.tasks.artifacts import ProgressArtifact
 from kaito_flows.tasks.progress import log, relay, stage, tell
 from kaito_flows.tasks.retries import RETRY_DELAYS, is_retryable
@@ -39,11 +39,10 @@ class TunedAdapter:
     retry_delay_seconds=RETRY_DELAYS,
     retry_condition_fn=is_retryable,
 )
-def tune(
-    plan: Plan, dataset: PreparedDataset, lease: NodeLease, weights: Path, platform: LocalPlatform
-) -> TunedAdapter:
+def tune(plan: Plan, dataset: PreparedDataset, lease: NodeLease, weights: Path, platform: Platform) -> TunedAdapter:
     """Train, or find the adapter that a run with the same identity has published."""
     with stage("tune", doing=plan.method):
+        platform.check_known(plan.workspace)
         output = f"oci:{dataset.image.layout.root}:run-{plan.identity[:12]}"
         if (found := _published(output, plan.identity)) is not None:
             log(f"already tuned with the same inputs: {found.digest}")

@@ -3,6 +3,7 @@
     job.py          what it is told: the job file and training_config.yaml
     data.py         rows of tokens, their order in an epoch, micro-batches
     model.py        the base model, in 4 bits for QLoRA, and the adapters on it
+    isolation.py    documents that share a row must not see each other
     loss.py         cross-entropy over the tokens that are learned
     evaluation.py   the loss on held-out data
     schedule.py     the learning rate of each step

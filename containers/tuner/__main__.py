@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from kaito_flows.containers.program import emit, run
@@ -22,7 +23,7 @@ from kaito_flows.containers.tuner.image import METRICS, published, write_and_pub
 from kaito_flows.containers.tuner.job import TrainingConfig, TunerJob, read_config
 from kaito_flows.containers.tuner.memory import memory_errors
 from kaito_flows.containers.tuner.preemption import Preemption
-from kaito_flows.errors import UnprovenError, disk_errors
+from kaito_flows.errors import UnprovenError, WeightsError, disk_errors
 from kaito_flows.oci.images import Image, open_image, read_file
 
 preemption = Preemption()
@@ -50,6 +51,7 @@ def _tune(job: TunerJob, config: TrainingConfig) -> dict[str, Any]:
         data.unpack(source, job.data)
         dataset = data.load_dataset(job.data)
     with _stage("load the model", timings):
+        _check_weights(job.weights)
         from kaito_flows.containers.tuner import model, training
 
         base = model.load_base(job.weights, config)
@@ -98,6 +100,16 @@ def _stage(name: str, timings: dict[str, float]) -> Iterator[None]:
     begun = time.monotonic()
     yield
     timings[f"{name.split()[0]}_seconds"] = round(time.monotonic() - begun, 3)
+
+
+def _check_weights(folder: Path) -> None:
+    hint = "run the weights job first"
+    if not (folder / "config.json").is_file():
+        raise WeightsError("no config.json", place=str(folder), hint=hint, code="weights-missing")
+    if not any(folder.glob("*.safetensors")):
+        raise WeightsError(
+            "no *.safetensors; pickles are not read", place=str(folder), hint=hint, code="weights-missing"
+        )
 
 
 def _prove_better(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> None:

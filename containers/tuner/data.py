@@ -80,10 +80,10 @@ class Split:
         # A document's first token has nothing before it.
         is_target = (mask != 0) & (positions != 0)
         return Batch(
-            input_ids=new_ids.view(-1, width).to(device),
-            position_ids=new_positions.view(-1, width).to(device),
-            sources=(at[is_target] - 1).to(device),
-            labels=ids[is_target].to(device),
+            input_ids=_on(new_ids.view(-1, width), device),
+            position_ids=_on(new_positions.view(-1, width), device),
+            sources=_on(at[is_target] - 1, device),
+            labels=_on(ids[is_target], device),
             tokens=len(ids),
         )
 
@@ -110,6 +110,11 @@ class Split:
             raise DatasetError(message, place=place, hint="lower max_length", code="dataset-misfit")
 
 
+def _on(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    # From pinned memory, the copy waits for its turn on the GPU while the next batch is laid out here.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Dataset:
     """The splits, and what `dataset.json` says; without held-out data `validation` is None."""
@@ -127,24 +132,32 @@ def lay_out(sizes: Sequence[int], longest_row: int) -> tuple[int, list[int], lis
     """Lay documents of these sizes into rows of one width, first fit decreasing, so that training on them costs least.
 
     Each token costs its way through the linear layers, padding too, and attention to each token of its row. So narrow
-    rows are good, unless too much of them is padding. The widths tried are the longest document's and its doubles.
+    rows are good, unless too much of them is padding.
 
     Returns:
         the width, how much of each row is used, and the place of each document in the flattened rows.
     """
+    narrowest, total = max(sizes), sum(sizes)
     best: tuple[int, list[int], list[int]] | None = None
-    width = -(-max(sizes) // 8) * 8  # a multiple of 8 suits the matrix units of GPUs
-    while True:
-        used, places = _first_fit(sizes, width)
-        if best is None or _cost(used, width) < _cost(best[1], best[0]):
-            best = width, used, places
-        if len(used) == 1 or 2 * width > longest_row:
-            return best
-        width *= 2
+    for width in _widths(narrowest, max(narrowest, min(longest_row, total))):
+        if best is None or _cost(-(-total // width), width) < _cost(len(best[1]), best[0]):
+            used, places = _first_fit(sizes, width)
+            if best is None or _cost(len(used), width) < _cost(len(best[1]), best[0]):
+                best = width, used, places
+    assert best is not None
+    return best
 
 
-def _cost(used: Sequence[int], width: int) -> int:
-    return len(used) * width * (LINEAR_COST + width)
+def _widths(narrowest: int, widest: int) -> list[int]:
+    """Return widths to try, each half as wide again as the one before, in multiples of 8, which suit GPUs."""
+    widths = [narrowest]
+    while widths[-1] < widest:
+        widths.append(min(widths[-1] * 3 // 2 + 1, widest))
+    return sorted({-(-width // 8) * 8 for width in widths})
+
+
+def _cost(rows: int, width: int) -> int:
+    return rows * width * (LINEAR_COST + width)
 
 
 def _first_fit(sizes: Sequence[int], width: int) -> tuple[list[int], list[int]]:

@@ -33,7 +33,7 @@ def evaluate(adapted: Adapted, split: Split, batch_size: int, *, stop: Callable[
         for batch in split.batches(torch.arange(len(split)), batch_size, adapted.device):
             if stop():
                 return None
-            total += loss_sum(adapted.model, batch).double().cpu()
+            total += loss_sum(adapted.model, batch, masked=adapted.masked).double().cpu()
             targets += batch.targets
     finally:
         adapted.peft.train()

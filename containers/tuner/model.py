@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from kaito_flows.containers.tuner.image import AdapterFiles
+from kaito_flows.containers.tuner.isolation import needs_mask
 from kaito_flows.containers.tuner.job import CONFIG_NAME, LoraConfig, QuantizationConfig, TrainingConfig
 from kaito_flows.containers.tuner.memory import is_out_of_memory
 from kaito_flows.errors import ConfigError, UnprovenError, WeightsError
@@ -32,13 +33,15 @@ class Adapted:
     """A model with adapters.
 
     `model` is the causal language model with the adapters in it, `peft` is PEFT's wrapper of it, `parameters` are those
-    that are trained (float32), by name, and `matched` are the modules that each target found.
+    that are trained (float32), by name, `matched` are the modules that each target found, and `masked` says whether the
+    model needs a mask to keep documents in one row apart.
     """
 
     model: Any
     peft: Any
     parameters: dict[str, nn.Parameter]
     matched: dict[str, tuple[str, ...]]
+    masked: bool
     device: torch.device
 
 
@@ -46,10 +49,8 @@ def load_base(folder: Path, config: TrainingConfig) -> Any:
     """Load the base model in the config's type onto the GPU, or the CPU when there is none.
 
     Raises:
-        WeightsError: (code `weights-missing`) no model in safetensors there; (code `weights-unreadable`) one that does
-            not load, or lacks tensors.
+        WeightsError: (code `weights-unreadable`) it does not load, or lacks tensors.
     """
-    _check_files(folder)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call,unused-ignore]
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
@@ -76,16 +77,6 @@ def load_base(folder: Path, config: TrainingConfig) -> Any:
     model.config.use_cache = False
     _keep_plain_kernels(model)
     return model
-
-
-def _check_files(folder: Path) -> None:
-    hint = "run the weights job first"
-    if not (folder / "config.json").is_file():
-        raise WeightsError("no config.json", place=str(folder), hint=hint, code="weights-missing")
-    if not any(folder.glob("*.safetensors")):
-        raise WeightsError(
-            "no *.safetensors; pickles are not read", place=str(folder), hint=hint, code="weights-missing"
-        )
 
 
 def _quantization(section: QuantizationConfig) -> Any:
@@ -127,9 +118,11 @@ def adapt(model: Any, model_id: str, config: TrainingConfig) -> Adapted:
 
     Raises:
         ConfigError: a target names no linear layer.
+        WeightsError: (code `weights-unsupported`) the model cannot keep documents in one row apart.
     """
     lora = config.LoraConfig
     matched = {target: _matches(model, target) for target in sorted(set(lora.target_modules))}
+    masked = needs_mask(model, model_id)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if config.TrainingArguments.gradient_checkpointing:
@@ -142,7 +135,9 @@ def adapt(model: Any, model_id: str, config: TrainingConfig) -> Adapted:
     parameters = {name: p for name, p in wrapper.named_parameters() if p.requires_grad}
     for parameter in parameters.values():
         parameter.data = parameter.data.float()
-    return Adapted(wrapper.get_base_model(), wrapper, parameters, matched, next(iter(parameters.values())).device)
+    return Adapted(
+        wrapper.get_base_model(), wrapper, parameters, matched, masked, next(iter(parameters.values())).device
+    )
 
 
 def _matches(model: nn.Module, target: str) -> tuple[str, ...]:
@@ -159,9 +154,11 @@ def _matches(model: nn.Module, target: str) -> tuple[str, ...]:
 
 
 def _lora_settings(lora: LoraConfig, targets: list[str]) -> peft.LoraConfig:
+    # vLLM takes nothing but an integer; PEFT's annotation says so too, but it takes both.
+    alpha: Any = int(lora.lora_alpha) if lora.lora_alpha.is_integer() else lora.lora_alpha
     return peft.LoraConfig(
         r=lora.r,
-        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type,unused-ignore]
+        lora_alpha=alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=targets,
         bias=lora.bias,

@@ -132,18 +132,17 @@ def train(
         epoch, within = divmod(state.step, steps_an_epoch)
         order = epoch_order(rows, arguments.seed, epoch, shuffle=config.DatasetConfig.shuffle_dataset)
         chosen = order[within * arguments.rows_a_step : (within + 1) * arguments.rows_a_step]
-        batches = list(dataset.train.batches(chosen, arguments.per_device_train_batch_size, adapted.device))
-        targets = sum(batch.targets for batch in batches)
         rate = learning_rate(arguments, state.step, total)
         for group in optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(_step_seed(arguments.seed, state.step))
 
-        losses = []
-        for batch in batches:
+        losses, tokens, targets = [], 0, 0
+        for batch in dataset.train.batches(chosen, arguments.per_device_train_batch_size, adapted.device):
             if preemption.requested:
                 raise stop()
             losses.append(_backward(adapted, batch))
+            tokens, targets = tokens + batch.tokens, targets + batch.targets
         loss, norm = _finish_gradients(adapted, losses, targets, arguments)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"loss is {loss}, gradient norm {norm}"
@@ -152,7 +151,6 @@ def train(
         optimizer.zero_grad(set_to_none=True)
 
         seconds = time.monotonic() - begun
-        tokens = sum(batch.tokens for batch in batches)
         step_seconds.append(seconds)
         window_seconds, window_tokens = window_seconds + seconds, window_tokens + tokens
         state.step += 1
@@ -187,7 +185,7 @@ def _backward(adapted: Adapted, batch: Batch) -> torch.Tensor:
 
     Of the sum and not of a mean: divided by thousands of tokens, gradients of float16 activations would vanish.
     """
-    loss = loss_sum(adapted.model, batch)
+    loss = loss_sum(adapted.model, batch, masked=adapted.masked)
     loss.backward()  # type: ignore[no-untyped-call,unused-ignore]
     return loss.detach()
 

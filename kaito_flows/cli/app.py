@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kaito_flows import __version__
-from kaito_flows.cli import output
+from kaito_flows.cli import failures, output
 from kaito_flows.errors import InputError, KaitoFlowsError, WorkspaceError
 
 if TYPE_CHECKING:
@@ -18,10 +20,11 @@ if TYPE_CHECKING:
     from kaito_flows.platforms.local import LocalPlatform
     from kaito_flows.workspace import WorkspaceFile
 
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
 app = typer.Typer(
     name="kaito-flows",
     help="KAITO workspaces as Prefect flows: plan, tune, publish, serve.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -34,35 +37,35 @@ Port = Annotated[int | None, typer.Option("--port", min=1, max=65535, help="The 
 
 
 def main() -> None:
-    """Run the command line; an error that kaito-flows raises on purpose is one line and an exit code."""
+    """Run the command line: every failure is one line (with `--json` an object) and an exit code, never a traceback."""
     try:
-        app(standalone_mode=False)
-    except KaitoFlowsError as exc:
-        output.error(exc, as_json="--json" in sys.argv)
-        sys.exit(exc.exit_code)
-    except typer.Exit as exc:
-        sys.exit(exc.exit_code)
+        # Click hands back the code of a `typer.Exit`, and None from a command that came to its end.
+        sys.exit(app(standalone_mode=False) or 0)
     except typer.Abort:
-        sys.exit(130)
-    except Exception as exc:
-        # Click's own complaints (no such option) know how to show themselves.
-        show = getattr(exc, "show", None)
-        if show is None:
-            raise
-        show()
-        sys.exit(getattr(exc, "exit_code", 2))
+        sys.exit(INTERRUPTED)
+    except Exception as exc:  # noqa: BLE001 - whatever it is, a user gets a line and an exit code
+        error = exc if isinstance(exc, KaitoFlowsError) else failures.from_exception(exc)
+        if os.environ.get(failures.TRACEBACK):
+            traceback.print_exception(exc)
+        output.error(error, as_json="--json" in sys.argv)
+        sys.exit(error.exit_code)
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
     if version:
         output.line(__version__)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        output.line(context.get_help())
+        raise typer.Exit(2)
 
 
 @app.command()
 def validate(file: File, as_json: AsJson = False) -> None:
-    """Check a Workspace file: every fault at once, each with its place."""
+    """Check a Workspace file, and name every fault at once."""
     from kaito_flows.workspace import load_workspace
 
     loaded = load_workspace(file, "local")
@@ -85,7 +88,10 @@ def plan(
     ] = "",
     data: Annotated[bool, typer.Option("--data", help="Prepare the data too: steps, time, cost, identity.")] = False,
 ) -> None:
-    """Say what a Workspace will take: memory, GPU sizes that fit, price; steps and time once its data is prepared."""
+    """Say what a Workspace will take, before anything starts.
+
+    Memory, the GPU sizes that fit, their price; with --data also steps, time, cost and the run's identity.
+    """
     from kaito_flows.planning.plan import plan_workspace
     from kaito_flows.workspace import load_workspace
 
@@ -114,7 +120,7 @@ def tune(
         bool, typer.Option("--print-parameters", help="Only print the flow's parameters, for a deployment.")
     ] = False,
 ) -> None:
-    """Tune, publish and serve what a Workspace file says, on this machine."""
+    """Tune, publish and serve a Workspace on this machine."""
     from kaito_flows.workspace import load_workspace
 
     loaded = load_workspace(file, "local")
@@ -124,18 +130,24 @@ def tune(
     if print_parameters:
         output.json_facts(parameters)
         return
+    platform = _platform()
     _quiet_prefect()
+    from prefect.settings import get_current_settings
+
     from kaito_flows.cli.live import Live
     from kaito_flows.flows.tune_workspace import tune_workspace
     from kaito_flows.tasks.progress import listening
 
     with Live(quiet=as_json) as live, listening(live.on_event):
+        if get_current_settings().api.url is None:
+            live.starting_server()
         try:
             facts = tune_workspace(**parameters)
         except KeyboardInterrupt:
-            stopped = _platform().stop_jobs(loaded.workspace.name)
-            output.warning(f"interrupted; stopped {', '.join(stopped) or 'nothing'}; run it again to go on from there")
-            raise typer.Exit(130) from None
+            live.close()
+            platform.stop_jobs(loaded.workspace.name)
+            output.warning("interrupted; run it again to go on from the last checkpoint")
+            raise typer.Exit(INTERRUPTED) from None
     if as_json:
         output.json_facts(facts)
     else:
@@ -151,11 +163,9 @@ def status(
     from kaito_flows.workspace.status import WorkspaceStatus, columns
 
     platform = _platform()
-    found = platform.statuses() if name is None else [s for s in [platform.read_status(name)] if s]
+    found = platform.statuses() if name is None else [s for s in [platform.read_status(_known(name))] if s]
     if name is not None and not found:
-        raise InputError(
-            f"no Workspace {name!r} on this machine", hint="kaito-flows status", code="workspace-not-found"
-        )
+        raise _not_known(name)
     services = {str(s["name"]): platform.service(str(s["name"])) for s in found}
     if as_json:
         output.json_facts([{**s, "service_url": _url(services[s["name"]])} for s in found])
@@ -166,9 +176,9 @@ def status(
     if not statuses:
         output.line("no Workspaces on this machine")
     if name is not None:
-        for condition in statuses[0].conditions.values():
-            output.line(f"{condition.type}={condition.status} {condition.reason} {condition.message}".rstrip())
-        output.line(f"service: {_url(services[name]) or 'not up'}")
+        conditions = statuses[0].conditions.values()
+        rows = [{"item": c.type, "value": f"{c.status:<7} {c.reason} {c.message}".rstrip()} for c in conditions]
+        output.pairs([*rows, {"item": "service", "value": _url(services[name]) or "not up"}])
 
 
 @app.command()
@@ -183,36 +193,45 @@ def chat(
     """Talk to a tuned model, or to its base."""
     from kaito_flows.chat import ask
 
-    service = _platform().service(name)
+    if as_json and prompt is None:
+        raise InputError("needs a PROMPT", place="--json", hint="a conversation is for a terminal", code="usage")
+    service = _platform().service(_known(name))
     if service is None:
         raise InputError(
-            f"no service of {name!r} is up", hint="kaito-flows tune FILE rolls it out", code="service-not-found"
+            "no service of this Workspace is up",
+            place=name,
+            hint="kaito-flows tune FILE rolls it out",
+            code="service-not-found",
         )
     model = service.models[0] if base else service.models[-1]
     messages = [{"role": "system", "content": system}] if system else []
     if prompt is not None:
         answer = ask(service.url, model, [*messages, {"role": "user", "content": prompt}], max_tokens=max_tokens)
         facts = {"model": model, "prompt": prompt, "answer": answer, "url": service.url}
-        output.json_facts(facts) if as_json else output.line(answer)
+        if as_json:
+            output.json_facts(facts)
+        else:
+            _say(answer)
         return
     output.line(f"{model} at {service.url}; an empty line ends")
-    while text := typer.prompt("you", default="", show_default=False).strip():
+    while text := _read():
         messages.append({"role": "user", "content": text})
         answer = ask(service.url, model, messages, max_tokens=max_tokens)
         messages.append({"role": "assistant", "content": answer})
-        output.line(answer)
+        _say(answer)
 
 
 @app.command()
 def delete(name: Name, as_json: AsJson = False) -> None:
-    """Stop a Workspace's jobs and its service, and forget it; published images stay."""
+    """Stop a Workspace's jobs and service, and forget it.
+
+    Published images stay.
+    """
     platform = _platform()
-    known = platform.read_status(name) is not None or platform.service(name) is not None
+    known = platform.read_status(_known(name)) is not None or platform.service(name) is not None
     stopped = platform.delete(name)
     if not known and not stopped:
-        raise InputError(
-            f"no Workspace {name!r} on this machine", hint="kaito-flows status", code="workspace-not-found"
-        )
+        raise _not_known(name)
     if as_json:
         output.json_facts({"deleted": name, "stopped": stopped})
     else:
@@ -236,10 +255,46 @@ def _with_data(loaded: WorkspaceFile, made: Plan) -> Plan:
 
 
 def _platform() -> LocalPlatform:
+    from pydantic import ValidationError
+
     from kaito_flows.platforms.local import LocalPlatform
     from kaito_flows.settings import Settings
 
-    return LocalPlatform(Settings())
+    try:
+        return LocalPlatform(Settings())
+    except ValidationError as exc:
+        raise failures.from_settings(exc) from exc
+
+
+def _known(name: str) -> str:
+    """Return the name, if a Workspace can have it: it becomes part of paths, some of which are removed."""
+    if len(name) > 63 or not re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", name):
+        raise _not_known(name)
+    return name
+
+
+def _not_known(name: str) -> InputError:
+    return InputError(
+        "no such Workspace on this machine",
+        place=repr(name),
+        hint="kaito-flows status lists them",
+        code="workspace-not-found",
+    )
+
+
+def _say(answer: str) -> None:
+    output.line(answer)
+    if not answer.strip():
+        output.warning("the model answered with nothing")
+
+
+def _read() -> str:
+    """What the user says next; "" where they are done, by an empty line or by the end of the input."""
+    try:
+        return str(typer.prompt("you", default="", show_default=False)).strip()
+    except typer.Abort:
+        output.line()
+        return ""
 
 
 def _url(service: Any) -> str | None:

@@ -34,7 +34,17 @@ class Live:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end_bar()
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away: what is printed next stands on a line of its own."""
+        with self._lock:
+            self._end_bar()
+
+    def starting_server(self) -> None:
+        """Say that the run brings its own Prefect server up, which takes a while before anything else is seen."""
+        if not self._quiet:
+            self._say(f"{'prefect':<16} starting a server for this run")
 
     def on_event(self, stage: str, event: Mapping[str, Any]) -> None:
         """Show one event of the run; called from the threads of its tasks."""
@@ -47,7 +57,8 @@ class Live:
                     self._say(f"{stage:<16} done in {event['seconds']:.1f} s")
                 case "planned":
                     for row in event["rows"]:
-                        self._say(f"  {row['item']:<18} {row['value']}")
+                        for text in output.pair(row["item"], row["value"], 21):
+                            self._say(text)
                 case "progress" if "total" in event:
                     self._progress(event)
                 case "evaluation":
@@ -64,7 +75,8 @@ class Live:
             if self._bar is None:
                 columns = (
                     TextColumn("tune"),
-                    BarColumn(),
+                    # What stands beside it takes up to 54 columns; the `^C` that a terminal echoes, two.
+                    BarColumn(min(40, max(10, self._console.width - 56))),
                     MofNCompleteColumn(),
                     TextColumn("loss {task.fields[loss]:.3f}"),
                     TextColumn("{task.fields[speed]:.0f} tok/s"),

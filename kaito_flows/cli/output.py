@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -15,6 +16,9 @@ from typing import Any
 import typer
 
 from kaito_flows.errors import KaitoFlowsError, WorkspaceError
+
+_ENDLESS = 1_000_000
+_JOINED = "\N{NO-BREAK SPACE}"
 
 
 def line(text: str = "") -> None:
@@ -46,27 +50,42 @@ def json_facts(facts: Any) -> None:
     typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
 
 
-def table(rows: Sequence[Mapping[str, str]], *, title: str = "") -> None:
-    """Print rows as columns, as kubectl does; the last column may be long."""
-    if title:
-        line(title)
+def table(rows: Sequence[Mapping[str, str]]) -> None:
+    """Print rows as columns, as kubectl does; on a terminal that is too narrow for them, a line for each column."""
     if not rows:
         return
     keys = list(rows[0])
-    widths = [max(len(key), *(len(str(row[key])) for row in rows)) for key in keys]
-    for cells in ([key.upper() for key in keys], *([str(row[key]) for key in keys] for row in rows)):
+    widths = [max(len(key), *(len(row[key]) for row in rows)) for key in keys]
+    if sum(widths) + 3 * (len(widths) - 1) > _width():
+        for row in rows:
+            pairs([{"item": key, "value": row[key]} for key in keys[1:]], title=row[keys[0]])
+        return
+    for cells in ([key.upper() for key in keys], *([row[key] for key in keys] for row in rows)):
         line("   ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
 
 
-def pairs(rows: Sequence[Mapping[str, str]], *, title: str) -> None:
-    """Print rows of an item and its value, wrapped to the terminal."""
-    line(title)
+def pairs(rows: Sequence[Mapping[str, str]], *, title: str = "") -> None:
+    """Print rows of an item and its value, the values in one column."""
+    if title:
+        line(title)
     indent = 2 + max(len(row["item"]) for row in rows) + 2
     for row in rows:
-        text = textwrap.wrap(row["value"], max(shutil.get_terminal_size().columns - indent, 20)) or [""]
-        line(f"  {row['item']}".ljust(indent) + text[0])
-        for more in text[1:]:
-            line(" " * indent + more)
+        for text in pair(row["item"], row["value"], indent):
+            line(text)
+
+
+def pair(item: str, value: str, indent: int) -> list[str]:
+    """The lines of an item and its value, wrapped to the terminal; a digest that is only to be recognised is cut."""
+    value = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", "\\1", value)
+    return hanging(f"  {item}", value, indent)
+
+
+def hanging(label: str, text: str, indent: int, *, prose: bool = False) -> list[str]:
+    """The lines of a label and the text beside it, wrapped at spaces; in prose a word that is too long is broken."""
+    room = max(_width() - indent, 20)
+    texts = textwrap.wrap(text, room, break_long_words=prose, break_on_hyphens=False) or [""]
+    first, *rest = (each.replace(_JOINED, " ") for each in texts)
+    return [(label.ljust(indent) + first).rstrip(), *(" " * indent + more for more in rest)]
 
 
 def summary(facts: Mapping[str, Any]) -> None:
@@ -78,35 +97,47 @@ def summary(facts: Mapping[str, Any]) -> None:
     line()
     if facts["reused"]:
         line("nothing to train: an adapter with the same inputs was there already")
-    line(f"adapter   {adapter['reference']}")
-    line(f"digest    {adapter['digest']}")
+    _fact("adapter", adapter["reference"])
+    _fact("digest", adapter["digest"])
     if before and after:
-        line(f"held out  loss {before['loss']:.3f} before, {after['loss']:.3f} after")
+        _fact("held out", f"loss {before['loss']:.3f} before, {after['loss']:.3f} after")
     if answers := facts.get("answers"):
         asked = next(m["content"] for m in reversed(answers["messages"]) if m["role"] == "user")
         system = next((m["content"] for m in answers["messages"] if m["role"] == "system"), None)
-        line(f"prompt    {_one_line(asked)}")
-        line(f"  base    {_one_line(answers['base'])}")
-        line(f"  tuned   {_one_line(answers['tuned'])}")
-        line(f"  data    {_one_line(answers['expected'])}")
+        _fact("prompt", _one_line(asked), prose=True)
+        for label, key in (("base", "base"), ("tuned", "tuned"), ("data", "expected")):
+            _fact(f"  {label}", _one_line(answers[key]) or "(nothing)", prose=True)
         line()
+        # Commands stay on one line each, however long: they are to be copied.
         option = f" --system {shlex.quote(system)}" if system else ""
-        line(f"chat      {program} chat {name}{option} {shlex.quote(asked)}")
-        line(f"or        curl {facts['service']['url']}/chat -H 'Content-Type: application/json' \\")
-        line(f"            -d {shlex.quote(json.dumps({'messages': answers['messages']}))}")
-        line(f"stop      {program} delete {name}")
+        line(f"chat     {program} chat {name}{option} {shlex.quote(asked)}")
+        line(f"or       curl {facts['service']['url']}/chat -H 'Content-Type: application/json' \\")
+        line(f"           -d {shlex.quote(json.dumps({'messages': answers['messages']}))}")
+        line(f"stop     {program} delete {name}")
     for text in _where_to_look(facts["flow_run_id"]):
         line(text)
-    times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in facts["seconds"].items())
-    line(f"time      {times}")
+    times = (f"{stage} {seconds:.1f} s".replace(" ", _JOINED) for stage, seconds in facts["seconds"].items())
+    _fact("time", ", ".join(times))
+
+
+def _fact(label: str, text: str, *, prose: bool = False) -> None:
+    for each in hanging(label, text, 9, prose=prose):
+        line(each)
 
 
 def _where_to_look(flow_run_id: str) -> list[str]:
-    api = os.environ.get("PREFECT_API_URL", "")
-    if api:
-        return [f"look at   {api.removesuffix('/api')}/runs/flow-run/{flow_run_id}"]
-    start = f"look at   {_program('prefect')} server start"
-    return [start, f"            then open http://127.0.0.1:4200/runs/flow-run/{flow_run_id}"]
+    from prefect.utilities.urls import url_for
+
+    # Prefect knows the address of its UI where a server is set, in the environment or in a profile.
+    if url := url_for("flow-run", flow_run_id):
+        return ["look at  the run in Prefect's UI:", f"  {url}"]
+    start = f"look at  the run in Prefect's UI: {_program('prefect')} server start, then"
+    return [start, f"  http://127.0.0.1:4200/runs/flow-run/{flow_run_id}"]
+
+
+def _width() -> int:
+    """The terminal's columns; endless in a pipe, where programs and `grep` read."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else _ENDLESS
 
 
 def _program(name: str) -> str:

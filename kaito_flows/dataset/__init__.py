@@ -5,7 +5,7 @@ fetch the files  ->  read chats  ->  render and tokenise, with a mask over the a
 
 from kaito_flows.dataset.download import Patience, SourceFile, fetch, probe
 from kaito_flows.dataset.prepare import DatasetParameters, PreparedDataset, dataset_key, prepare_dataset
-from kaito_flows.dataset.urls import public_url
+from kaito_flows.urls import public_url
 
 __all__ = [
     "DatasetParameters",

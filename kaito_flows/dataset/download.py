@@ -28,8 +28,9 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from kaito_flows.dataset.urls import local_path, public_url
+from kaito_flows.dataset.urls import local_path
 from kaito_flows.errors import DatasetError, disk_errors
+from kaito_flows.urls import public_url
 
 Progress = Callable[[str, int, int | None], None]
 """Called with the public URL, the bytes so far, and the size (None where the server does not tell); from any thread."""

@@ -104,7 +104,8 @@ def read_chats(source: SourceFile, columns: Columns) -> list[Chat]:
         more = f"; {len(wrong) - 1} more rows are not chats either" if len(wrong) > 1 else ""
         raise row_error(source.url, row, message + more)
     if not chats:
-        raise DatasetError("the file has no rows", place=source.url, code="dataset-empty")
+        hint = "was it written to its end?"
+        raise DatasetError("the file has no rows", place=source.url, hint=hint, code="dataset-empty")
     return chats
 
 

@@ -211,7 +211,10 @@ def _make(
     }
     example = corpus.documents[usable[split.train[0]]]
     report = write_report(facts, packed, [len(d.ids) for d in corpus.documents], example, tokenizer)
-    samples = _samples([chats[i] for i in orders.get("validation", split.train)], tokenizer)
+    tried = orders.get("validation", split.train)
+    # What did not fit a row may not fit the model either.
+    whole = [i for i in tried if len(corpus.documents[usable[i]].ids) <= length]
+    samples = _samples([chats[i] for i in whole or tried], tokenizer)
     return facts, {
         **{f"data/{name}.safetensors": _tensors(p) for name, p in packed.items()},
         "data/dataset.json": canonical_json(facts),
@@ -269,6 +272,7 @@ def _tensors(packed: Packed) -> bytes:
 
 
 def _samples(chats: Sequence[Chat], tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
+    """Take the first few different chats, to try a model on."""
     samples: list[dict[str, Any]] = []
     for chat in chats:
         messages = tokenizer.folded(chat).messages

@@ -1,32 +1,14 @@
-"""How a dataset's URL is shown: without what could be a secret."""
+"""A dataset's URLs: local files, and how they are recorded and logged."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from kaito_flows.errors import DatasetError
-
-# A signature can have any name, so only these keep their values.
-_HARMLESS = frozenset(
-    {"download", "dl", "export", "file", "filename", "format", "name", "page", "part", "path", "raw", "ref"}
-    | {"revision", "split", "v", "version"}
-)
-
-
-def public_url(url: str) -> str:
-    """Return the URL without user name and password, and with `…` for query values that could be secrets."""
-    try:
-        parts = urlsplit(url)
-        netloc = parts.netloc.rpartition("@")[2]
-    except ValueError:
-        return url.partition("?")[0].rpartition("@")[2]
-    shown = []
-    for name, value in parse_qsl(parts.query, keep_blank_values=True):
-        shown.append(f"{quote(name)}={quote(value, safe='/') if name.lower() in _HARMLESS else '…'}")
-    return urlunsplit((parts.scheme, netloc, parts.path, "&".join(shown), ""))
+from kaito_flows.urls import public_url
 
 
 def recorded_url(url: str) -> str:

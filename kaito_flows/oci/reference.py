@@ -25,7 +25,7 @@ class LayoutReference:
             ImageError: it is not one.
         """
         match = re.match(
-            r"^oci:(?P<path>[^@]+?)(?::(?P<tag>[\w][\w.-]{0,127})|@(?P<digest>sha256:[0-9a-f]{64}))$", text
+            r"^oci:(?P<path>.+?)(?<!@sha256)(?::(?P<tag>[\w][\w.-]{0,127})|@(?P<digest>sha256:[0-9a-f]{64}))$", text
         )
         if not match:
             raise ImageError(f"not a layout reference: {text!r}", hint="write oci:FOLDER:TAG or oci:FOLDER@DIGEST")

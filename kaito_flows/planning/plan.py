@@ -106,8 +106,13 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes that the run may write: the weights, what they are made from, and the rest."""
-        return 3 * self.preset.parameters.total + DISK_REST
+        """Bytes that the run may write: the weights, what they are made from, and `run_disk_bytes`."""
+        return 3 * self.preset.parameters.total + self.run_disk_bytes
+
+    @property
+    def run_disk_bytes(self) -> int:
+        """Bytes that the run may write where the weights are there already."""
+        return DISK_REST
 
     def with_dataset(self, dataset: DatasetFacts) -> Plan:
         """Return the plan with what only the prepared data can tell: steps, time, cost, and the run's identity.
@@ -181,7 +186,7 @@ class Plan:
                 ("identity", self.identity),
             ]
         else:
-            rows.append(("steps, time, cost", "known once the data is prepared (plan --data)"))
+            rows.append(("steps, time, cost", "known once the data is prepared"))
         return [{"item": item, "value": value} for item, value in rows]
 
     def _price(self) -> str:
@@ -230,6 +235,8 @@ def make_plan(
     targets, notes = resolve_targets(preset, config["LoraConfig"]["target_modules"])
     config["LoraConfig"]["target_modules"] = list(targets)
     _check_length(preset, config)
+    if config["DatasetConfig"]["train_test_split"] == 1:
+        notes += ("train_test_split: 1 holds nothing out: that the adapter is better than its base will not be shown",)
     if not preset.chat_template:
         notes += (f"{preset.name} is a base model without a chat template",)
     estimate, bf16, skus = tuning_memory(preset, config, method), requires_bf16(config), load_skus()

@@ -65,6 +65,15 @@ class Platform(Protocol):
         """
         ...
 
+    @property
+    def downloads(self) -> Path:
+        """Where downloaded data is kept between runs."""
+        ...
+
+    def free_bytes(self) -> int:
+        """Bytes that are free where this platform keeps its files."""
+        ...
+
     def run_job(self, spec: JobSpec, on_event: Callable[[Event], None]) -> Event:
         """Run the job to its end, or follow the one that already runs; return its `completed` event.
 
@@ -81,8 +90,25 @@ class Platform(Protocol):
         """
         ...
 
+    def has_weights(self, preset: str, source: Mapping[str, Any]) -> bool:
+        """Whether `ensure_weights` has nothing to do."""
+        ...
+
+    def forget_job(self, spec: JobSpec) -> None:
+        """Remove what a job left, unless it runs again; what it published stays."""
+        ...
+
     def stop_jobs(self, workspace: str) -> list[str]:
         """Stop every job of the workspace that still runs; return their names."""
+        ...
+
+    def check_service(self, workspace: str, port: int | None) -> None:
+        """Say early that a service could not listen where it is wished for.
+
+        Raises:
+            PortTakenError: another process listens on the port.
+            InputError: the address is not to be had.
+        """
         ...
 
     def ensure_service(self, spec: ServiceSpec, probe: Callable[[Service], None]) -> Service:
@@ -104,6 +130,14 @@ class Platform(Protocol):
 
     def write_status(self, workspace: str, status: Mapping[str, Any]) -> None:
         """Remember the status of the workspace."""
+        ...
+
+    def check_known(self, workspace: str) -> None:
+        """Raise if the workspace was deleted: who still works for it is to stop.
+
+        Raises:
+            RunError: (code `workspace-deleted`) nothing is known of it.
+        """
         ...
 
     def delete(self, workspace: str) -> list[str]:

@@ -1,7 +1,7 @@
 """This machine as a platform: jobs and services are detached processes, each in a folder of its own.
 
 <home>/jobs/<workspace>/<job>/            a job's root: job.json, events, mnt/, workspace/
-<home>/services/<workspace>/<revision>/   a service's root
+<home>/services/<workspace>/<revision>/   a service's root; `current` names the revision that serves
 <home>/workspaces/<workspace>.json        the status
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import socket
 import time
@@ -19,7 +20,16 @@ from typing import Any
 import httpx
 
 from kaito_flows.canonical import canonical_digest
-from kaito_flows.errors import KaitoFlowsError, KilledError, PortTakenError, ServiceError, disk_errors, from_job_exit
+from kaito_flows.errors import (
+    InputError,
+    KaitoFlowsError,
+    KilledError,
+    PortTakenError,
+    RunError,
+    ServiceError,
+    disk_errors,
+    from_job_exit,
+)
 from kaito_flows.oci.layout import Layout
 from kaito_flows.platforms.base import Event, JobSpec, Service, ServiceSpec
 from kaito_flows.platforms.processes import KILLED, Process, locked
@@ -27,7 +37,7 @@ from kaito_flows.reference import Reference
 from kaito_flows.settings import Settings
 
 FIRST_PORT = 5000
-_PREEMPTED = 143
+PREEMPTED = 143
 # Threads that wait by spinning take the core from the one that works (two processes share few cores here).
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 
@@ -38,7 +48,11 @@ class LocalPlatform:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.home = settings.folder
-        self.downloads = self.home / "cache" / "downloads"
+
+    @property
+    def downloads(self) -> Path:
+        """Where downloaded data is kept between runs."""
+        return self.home / "cache" / "downloads"
 
     def repository(self, image: str) -> Layout:
         """Return the folder that stands for the repository of an image reference.
@@ -57,7 +71,7 @@ class LocalPlatform:
         Raises:
             KaitoFlowsError: the class that its exit code stands for; `KilledError` when it was killed.
         """
-        return self._run(self.home / "jobs" / spec.workspace / spec.name, spec, on_event)
+        return self._run(self._jobs(spec.workspace) / spec.name, spec, on_event)
 
     def ensure_weights(self, preset: str, source: Mapping[str, Any], on_event: Callable[[Event], None]) -> Path:
         """Return the folder of the preset's model, made on the first call and shared by all workspaces.
@@ -65,27 +79,38 @@ class LocalPlatform:
         Raises:
             WeightsError: the source cannot be had, or is not what the preset says.
         """
-        digest = canonical_digest(source)[:12]
-        root = self.home / "models" / f"{preset}-{digest}"
-        folder = root / "workspace" / "weights"
+        root, folder = self._model(preset, source)
         # The program writes source.json last.
         if (folder / "source.json").exists():
             return folder
         (root / "exit").unlink(missing_ok=True)
         arguments = {"version": 1, "source": source, "cache": str(self.home / "cache" / "packages")}
-        self._run(root, JobSpec(f"weights-{preset}", preset, "weights", arguments), on_event)
+        try:
+            self._run(root, JobSpec(f"weights-{preset}", preset, "weights", arguments), on_event)
+        except BaseException:
+            # It is no workspace's job that `stop_jobs` would find; another run that waits for it starts it again.
+            Process(root).stop()
+            raise
         return folder
+
+    def has_weights(self, preset: str, source: Mapping[str, Any]) -> bool:
+        """Whether `ensure_weights` has nothing to do."""
+        return (self._model(preset, source)[1] / "source.json").exists()
+
+    def _model(self, preset: str, source: Mapping[str, Any]) -> tuple[Path, Path]:
+        root = self.home / "models" / f"{preset}-{canonical_digest(source)[:12]}"
+        return root, root / "workspace" / "weights"
 
     def _run(self, folder: Path, spec: JobSpec, on_event: Callable[[Event], None]) -> Event:
         job = {**spec.arguments, "root": str(folder)}
         with locked(folder):
             process = Process(folder)
             same = _same_job(folder, job)
-            if process.pid is not None and not same:
+            if process.running and not same:
                 process.stop()
-            if process.pid is None and not (same and process.exit_code == 0):
+            if not process.running and not (same and process.exit_code == 0):
                 _furnish(folder, spec)
-                process.start(_module(spec), job, _ENVIRONMENT)
+                process.start(_module(spec), job, _ENVIRONMENT, secrets=spec.program == "weights")
         last: Event = {}
         for event in process.events():
             last = event
@@ -94,25 +119,34 @@ class LocalPlatform:
 
     def stop_jobs(self, workspace: str) -> list[str]:
         """Stop every job of the workspace that still runs; return their names."""
-        folders = sorted((self.home / "jobs" / workspace).glob("*/"))
+        folders = sorted(self._jobs(workspace).glob("*/"))
         return [folder.name for folder in folders if Process(folder).stop()]
 
     def forget_job(self, spec: JobSpec) -> None:
-        """Remove the job's folder; what it published stays."""
-        shutil.rmtree(self.home / "jobs" / spec.workspace / spec.name, ignore_errors=True)
+        """Remove the job's folder, unless it runs again; what it published stays."""
+        folder = self._jobs(spec.workspace) / spec.name
+        with locked(folder):
+            if not Process(folder).running:
+                shutil.rmtree(folder, ignore_errors=True)
 
-    def check_port(self, workspace: str, port: int | None) -> None:
-        """Say early that a wished-for port is taken by somebody else.
+    def check_service(self, workspace: str, port: int | None) -> None:
+        """Say early that a service could not listen where it is wished for.
 
         Raises:
-            PortTakenError: another process listens there.
+            PortTakenError: another process listens on the port.
+            InputError: (code `invalid-setting`) the host is none of this machine's.
         """
+        host = self.settings.serve_host
+        if not _is_free(host, 0):
+            hint = "127.0.0.1, 0.0.0.0, or an address of this machine"
+            place = "KAITO_FLOWS_SERVE_HOST"
+            raise InputError(f"cannot listen on {host}", place=place, hint=hint, code="invalid-setting")
         if port is None:
             return
         ours = self.service(workspace)
-        if not (ours and ours.url.endswith(f":{port}")) and not _is_free(self.settings.serve_host, port):
+        if not (ours and _port_of(ours) == port) and not _is_free(host, port):
             raise PortTakenError(
-                f"another process listens on {self.settings.serve_host}:{port}",
+                f"another process listens on {host}:{port}",
                 place=f"port {port}",
                 hint="choose another with --port or KAITO_FLOWS_SERVE_PORT, or stop that process",
             )
@@ -120,55 +154,76 @@ class LocalPlatform:
     def ensure_service(self, spec: ServiceSpec, probe: Callable[[Service], None]) -> Service:
         """Bring the service up and hand it to `probe`; the old revision stays until `probe` is satisfied.
 
-        With a port asked for by number, old and new cannot stand side by side: then the old one goes first.
+        One that is up with the same revision is taken, if it satisfies the probe. With a port asked for by number, old
+        and new cannot stand side by side: then the old one goes first.
 
         Raises:
             ServiceError: it did not come up.
             PortTakenError: somebody else listens on the port.
         """
-        workspace, home = spec.job.workspace, self.home / "services" / spec.job.workspace
+        workspace, home = spec.job.workspace, self._services(spec.job.workspace)
         with locked(home):
             current = self.service(workspace)
             if current and current.revision == spec.revision and spec.port in (None, _port_of(current)):
-                probe(current)
-                return current
+                try:
+                    probe(current)
+                except ServiceError:
+                    Process(home / current.revision).stop()
+                else:
+                    _remove_others(home, current.revision)
+                    return current
             if current and spec.port == _port_of(current):
                 Process(home / current.revision).stop()
-            self.check_port(workspace, spec.port)
-            port = spec.port or _free_port(self.settings.serve_host)
-            folder = home / spec.revision
+            self.check_service(workspace, spec.port)
+            service = self._bring_up(home / spec.revision, spec)
+            try:
+                probe(service)
+                with disk_errors(home):
+                    partial = home / "current.partial"
+                    partial.write_text(spec.revision)
+                    partial.replace(home / "current")
+            except BaseException:
+                Process(home / spec.revision).stop()
+                raise
+            _remove_others(home, spec.revision)
+        return service
+
+    def _bring_up(self, folder: Path, spec: ServiceSpec) -> Service:
+        host, first = self.settings.serve_host, FIRST_PORT
+        while True:
+            port = spec.port or _free_port(host, first)
             process = Process(folder)
-            if process.pid is not None:
-                process.stop()
+            process.stop()
             _furnish(folder, spec.job)
-            job = {**spec.job.arguments, "root": str(folder), "host": self.settings.serve_host, "port": port}
+            job = {**spec.job.arguments, "root": str(folder), "host": host, "port": port}
             process.start(_module(spec.job), job, _ENVIRONMENT)
             try:
-                service = self._await(process, spec)
-                probe(service)
+                return _await(process, spec)
+            except PortTakenError:
+                # Nobody asked for this one, and somebody was faster.
+                if spec.port is not None:
+                    raise
+                first = port + 1
             except BaseException:
                 process.stop()
                 raise
-            for other in home.glob("*/"):
-                if other != folder:
-                    Process(other).stop()
-                    shutil.rmtree(other, ignore_errors=True)
-        return service
 
     def service(self, workspace: str) -> Service | None:
-        """The workspace's service, if a process of it runs and has said that it serves."""
-        for folder in sorted((self.home / "services" / workspace).glob("*/")):
-            if Process(folder).pid is not None:
-                for event in _read_events(folder):
-                    if event.get("event") == "serving":
-                        url = f"http://{event['host']}:{event['port']}"
-                        return Service(workspace, url, tuple(event["models"]), folder.name, adopted=True)
+        """The workspace's service, if the revision that was rolled out last is up."""
+        home = self._services(workspace)
+        with contextlib.suppress(FileNotFoundError):
+            folder = home / (home / "current").read_text()
+            if Process(folder).running and (event := _serving(folder)):
+                return Service(workspace, _url(event), tuple(event["models"]), folder.name, adopted=True)
         return None
 
     def read_status(self, workspace: str) -> Event | None:
         """What was last written of the workspace."""
         with contextlib.suppress(FileNotFoundError):
             status: Event = json.loads(self._status_path(workspace).read_bytes())
+            ready = status.get("conditions", {}).get("InferenceReady", {})
+            if ready.get("status") == "True" and self.service(workspace) is None:
+                ready.update(status="False", reason="WorkspaceInferenceStatusPending", message="the service is not up")
             return status
         return None
 
@@ -183,42 +238,94 @@ class LocalPlatform:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(status, indent=1))
-            partial.replace(path)
+            try:
+                partial.write_text(json.dumps(status, indent=1))
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+
+    def check_known(self, workspace: str) -> None:
+        """Raise if the workspace was deleted: who still works for it is to stop.
+
+        Raises:
+            RunError: (code `workspace-deleted`) nothing is known of it.
+        """
+        if not self._status_path(workspace).exists():
+            raise RunError("was deleted while it ran", place=workspace, hint="run it again", code="workspace-deleted")
 
     def delete(self, workspace: str) -> list[str]:
-        """Stop everything of the workspace and forget it; return what was stopped. Images stay."""
-        stopped = [f"job {name}" for name in self.stop_jobs(workspace)]
-        home = self.home / "services" / workspace
-        if home.exists():
-            with locked(home):
-                stopped += [f"service {folder.name}" for folder in sorted(home.glob("*/")) if Process(folder).stop()]
-        shutil.rmtree(home, ignore_errors=True)
-        shutil.rmtree(self.home / "jobs" / workspace, ignore_errors=True)
+        """Forget the workspace and stop everything of it; return what was stopped. Images stay.
+
+        What still runs for it finds out by `check_known`, and starts nothing again.
+        """
         self._status_path(workspace).unlink(missing_ok=True)
+        jobs, services = self._jobs(workspace), self._services(workspace)
+        stopped = []
+        for folder in sorted(jobs.glob("*/")):
+            with locked(folder):
+                stopped += [f"job {folder.name}"] if Process(folder).stop() else []
+                shutil.rmtree(folder, ignore_errors=True)
+        if services.exists():
+            with locked(services):
+                stopped += [f"service {f.name}" for f in sorted(services.glob("*/")) if Process(f).stop()]
+                shutil.rmtree(services, ignore_errors=True)
+        shutil.rmtree(jobs, ignore_errors=True)
         return stopped
 
-    def _status_path(self, workspace: str) -> Path:
-        return self.home / "workspaces" / f"{workspace}.json"
+    def free_bytes(self) -> int:
+        """Bytes that are free where this platform keeps its files."""
+        with disk_errors(self.home):
+            self.home.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(self.home).free
 
-    def _await(self, process: Process, spec: ServiceSpec, timeout_seconds: float = 1800.0) -> Service:
-        deadline = time.monotonic() + timeout_seconds
-        last: Event = {}
-        for event in process.events():
-            last = event
-            if event.get("event") == "serving":
-                url = f"http://{event['host']}:{event['port']}"
-                service = Service(spec.job.workspace, url, tuple(event["models"]), spec.revision, adopted=False)
-                while time.monotonic() < deadline and process.pid is not None:
-                    with contextlib.suppress(httpx.TransportError):
-                        if httpx.get(f"{url}/health", timeout=5.0).status_code == 200:
-                            return service
-                    time.sleep(0.1)
-        if process.pid is not None:
-            process.stop()
-            raise ServiceError(f"not healthy after {timeout_seconds:.0f} s", place=str(process.folder / "stderr"))
-        _outcome(process, spec.job, last)
-        raise ServiceError("ended before it served", place=str(process.folder / "stderr"))
+    def _jobs(self, workspace: str) -> Path:
+        return self.home / "jobs" / _folder_name(workspace)
+
+    def _services(self, workspace: str) -> Path:
+        return self.home / "services" / _folder_name(workspace)
+
+    def _status_path(self, workspace: str) -> Path:
+        return self.home / "workspaces" / f"{_folder_name(workspace)}.json"
+
+
+def _folder_name(workspace: str) -> str:
+    # A name becomes part of paths that are written and removed.
+    if len(workspace) > 63 or not re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", workspace):
+        raise InputError(f"{workspace!r} is no Workspace's name", place="metadata.name", hint="a DNS-1123 label")
+    return workspace
+
+
+def _await(process: Process, spec: ServiceSpec, timeout_seconds: float = 1800.0) -> Service:
+    """Wait until the process says that it serves, and answers as healthy."""
+    deadline = time.monotonic() + timeout_seconds
+    while process.running and time.monotonic() < deadline:
+        if event := _serving(process.folder):
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{_url(event)}/health", timeout=5.0).status_code == 200:
+                    models = tuple(event["models"])
+                    return Service(spec.job.workspace, _url(event), models, spec.revision, adopted=False)
+        time.sleep(0.1)
+    logs = str(process.folder / "stderr")
+    if process.stop():
+        raise ServiceError(f"not healthy after {timeout_seconds:.0f} s", place=logs, hint="read the log")
+    _outcome(process, spec.job, [{}, *_read_events(process.folder)][-1])
+    raise ServiceError("ended before it served", place=logs, hint="read the log")
+
+
+def _serving(folder: Path) -> Event | None:
+    return next((event for event in _read_events(folder) if event.get("event") == "serving"), None)
+
+
+def _url(serving: Event) -> str:
+    host = f"[{serving['host']}]" if ":" in serving["host"] else serving["host"]
+    return f"http://{host}:{serving['port']}"
+
+
+def _remove_others(home: Path, revision: str) -> None:
+    for other in home.glob("*/"):
+        if other.name != revision:
+            Process(other).stop()
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def _module(spec: JobSpec) -> str:
@@ -254,15 +361,17 @@ def _read_events(folder: Path) -> Iterator[Event]:
 
 
 def _outcome(process: Process, spec: JobSpec, last: Event) -> Event:
-    """Return the last event of a job that ended well, else raise what it ended with."""
-    code = process.exit_code
-    if code == 0 and last.get("event") == "completed":
+    """Return the last event of a job that ended well, else raise what it ended with.
+
+    The last event counts also where the folder is gone: another run that followed the job has cleared it away.
+    """
+    code, logs = process.exit_code, str(process.folder / "stderr")
+    if last.get("event") == "completed" and code in (0, None, KILLED):
         return last
-    logs = process.folder / "stderr"
-    if last.get("event") == "failed" and code is not None:
-        place = last.get("place") or f"{spec.program} of {spec.workspace}"
-        raise from_job_exit(code, last["message"], code=last["code"], place=place, hint=last.get("hint", ""))
-    if code in (KILLED, _PREEMPTED):
+    if last.get("event") == "failed":
+        place = last.get("place") or logs
+        raise from_job_exit(code or 1, last["message"], code=last["code"], place=place, hint=last.get("hint", ""))
+    if code in (KILLED, PREEMPTED, None):
         raise KilledError(
             "the process was killed",
             place=f"{spec.program} of {spec.workspace}",
@@ -270,10 +379,7 @@ def _outcome(process: Process, spec: JobSpec, last: Event) -> Event:
         )
     said = process.log_tail(1)
     error: KaitoFlowsError = from_job_exit(
-        code or 1,
-        f"ended with exit code {code}: {said[0] if said else 'no word'}",
-        place=str(logs),
-        hint="read the log",
+        code, f"ended with exit code {code}: {said[0] if said else 'no word'}", place=logs, hint="read the log"
     )
     raise error
 
@@ -283,17 +389,18 @@ def _port_of(service: Service) -> int:
 
 
 def _is_free(host: str, port: int) -> bool:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError:
+        return False
     return True
 
 
-def _free_port(host: str) -> int:
-    for port in range(FIRST_PORT, FIRST_PORT + 1000):
+def _free_port(host: str, first: int) -> int:
+    for port in range(first, FIRST_PORT + 1000):
         if _is_free(host, port):
             return port
-    raise PortTakenError(f"no free port from {FIRST_PORT} to {FIRST_PORT + 999}", place=host)
+    raise ServiceError(f"no free port from {FIRST_PORT} to {FIRST_PORT + 999}", place=host, hint="name one with --port")

@@ -2,12 +2,13 @@
 
 A process has a folder:
 
-    job.json       its job file          stdout   its events, one JSON object a line
-    process.json   pid, start time       stderr   its logs
-    exit           its exit code, written when it ends, by the shell that waits for it
+    job.json   its job file                  stdout   its events, one JSON object a line
+    alive      locked as long as it runs     stderr   its logs
+    pid        who leads its session         exit     its exit code, written by the shell that waits for it
 
-Who comes later finds it running, finds how it ended, or finds neither: then it was killed with its shell. Starting is
-done under a lock, so two who come at once start one.
+The lock on `alive` is held by an open file that the shell and the program inherit: it ends with the last of them,
+however they end, and no pid that was given to somebody else is taken for it. Who comes later finds it running, finds
+how it ended, or finds neither: then it was killed. It is started under another lock, so two who come at once start one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,16 +27,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from kaito_flows.errors import disk_errors
 
-# The shell outlives the program by one write. Its trap keeps SIGTERM from ending it first, and is not inherited.
-_SHELL = 'trap : TERM INT; "$@" >stdout 2>stderr; echo $? >exit.partial; mv exit.partial exit'
+# Written into room that was taken before the start (`1<>`): on a disk that is full by then there is no other. The trap
+# keeps SIGTERM from ending the shell before the program, and is not inherited.
+_SHELL = 'trap : TERM INT; printf %s $$ 1<>pid; "$@" >stdout 2>stderr; printf %s $? 1<>exit'
+_ROOM = " " * 20
 
 KILLED = 137
 _POLL_SECONDS = 0.2
-_started: dict[int, subprocess.Popen[bytes]] = {}
+# A long-lived program needs none of these; what fetches weights may need all of them.
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|AUTH", re.IGNORECASE)
+_children: list[subprocess.Popen[bytes]] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,59 +48,66 @@ class Process:
     folder: Path
 
     @property
-    def pid(self) -> int | None:
-        """The pid of its shell, which leads its session; None when it does not run."""
+    def running(self) -> bool:
+        """Whether the shell or the program lives."""
+        _children[:] = [child for child in _children if child.poll() is None]
         try:
-            record = json.loads((self.folder / "process.json").read_bytes())
-            pid = int(record["pid"])
-            if child := _started.get(pid):
-                child.poll()
-            process = psutil.Process(pid)
-            # A pid is used again; the start time tells the processes apart.
-            if process.create_time() != record["created"] or process.status() == psutil.STATUS_ZOMBIE:
-                return None
-        except (OSError, ValueError, KeyError, psutil.NoSuchProcess):
-            return None
-        return pid
+            with (self.folder / "alive").open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
 
     @property
     def exit_code(self) -> int | None:
         """How it ended: None while it runs or when it was never started, 137 when it was killed with its shell."""
-        if not (self.folder / "process.json").exists() or self.pid is not None:
+        if self.running:
             return None
-        # Asked twice: the file may have come between the two looks.
-        return _read_exit(self.folder) if (self.folder / "exit").exists() else KILLED
+        with contextlib.suppress(FileNotFoundError):
+            text = (self.folder / "exit").read_text().strip()
+            return int(text) if text.isdigit() else KILLED
+        return None
 
-    def start(self, program: str, job: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+    def start(
+        self, program: str, job: Mapping[str, Any], environment: Mapping[str, str], *, secrets: bool = False
+    ) -> None:
         """Start `python -m <program> job.json` in the folder, detached; what an earlier start left is put aside.
+
+        Variables whose names speak of secrets are handed on only with `secrets`.
 
         Raises:
             DiskFullError: no space left.
         """
-        with disk_errors(self.folder):
+        inherited = {name: value for name, value in os.environ.items() if secrets or not _SECRET.search(name)}
+        with disk_errors(self.folder), self._lock() as alive:
             for name in ("stdout", "stderr"):
                 with contextlib.suppress(FileNotFoundError):
                     (self.folder / name).replace(self.folder / f"{name}.previous")
-            (self.folder / "exit").unlink(missing_ok=True)
-            _write(self.folder / "job.json", job)
+            for name in ("pid", "exit"):
+                (self.folder / name).write_text(_ROOM)
             (self.folder / "stdout").touch()
-            child = subprocess.Popen(
-                ["/bin/sh", "-c", _SHELL, "sh", sys.executable, "-m", program, "job.json"],
-                cwd=self.folder,
-                env={**os.environ, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
+            partial = self.folder / "job.json.partial"
+            partial.write_text(json.dumps(job, indent=1))
+            partial.replace(self.folder / "job.json")
+            _children.append(
+                subprocess.Popen(
+                    ["/bin/sh", "-c", _SHELL, "sh", sys.executable, "-m", program, "job.json"],
+                    cwd=self.folder,
+                    env={**inherited, **environment},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                    pass_fds=[alive],
+                )
             )
-            _started[child.pid] = child
-            created = psutil.Process(child.pid).create_time()
-            _write(self.folder / "process.json", {"pid": child.pid, "created": created, "program": program})
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Yield each line of standard output as it comes, from the first one on, until the process has ended."""
         ended, rest = False, b""
-        with (self.folder / "stdout").open("rb") as out:
+        with contextlib.suppress(FileNotFoundError), (self.folder / "stdout").open("rb") as out:
             while True:
                 chunk = out.read()
                 *lines, rest = (rest + chunk).split(b"\n")
@@ -108,7 +119,7 @@ class Process:
                 if ended:
                     return
                 if not chunk:
-                    ended = self.pid is None
+                    ended = not self.running
                     if not ended:
                         time.sleep(_POLL_SECONDS)
 
@@ -121,18 +132,38 @@ class Process:
 
     def stop(self, grace_seconds: float = 30.0) -> bool:
         """End it: SIGTERM to its session, SIGKILL after the grace time. Return whether it ran."""
-        pid = self.pid
-        if pid is None:
+        if not self.running:
             return False
-        for sent in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, sent)
-            deadline = time.monotonic() + grace_seconds
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            deadline, told = time.monotonic() + grace_seconds, False
             while time.monotonic() < deadline:
-                if self.pid is None:
+                if not self.running:
                     return True
+                # While somebody of it lives, its session's number is given to nobody else.
+                if not told and (leader := self._leader()):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(leader, number)
+                    told = True
                 time.sleep(0.05)
         return True
+
+    def _leader(self) -> int | None:
+        with contextlib.suppress(FileNotFoundError):
+            text = (self.folder / "pid").read_text().strip()
+            return int(text) if text.isdigit() else None
+        return None
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[int]:
+        """Take the lock on `alive`, and yield the open file that holds it."""
+        with (self.folder / "alive").open("wb") as lock:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.01)  # somebody looks whether it runs
+            yield lock.fileno()
 
 
 @contextlib.contextmanager
@@ -143,14 +174,3 @@ def locked(folder: Path) -> Iterator[None]:
         with folder.with_name(f".{folder.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
-
-
-def _write(path: Path, value: Mapping[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1))
-    partial.replace(path)
-
-
-def _read_exit(folder: Path) -> int:
-    text = (folder / "exit").read_text().strip()
-    return int(text) if text.isdigit() else KILLED

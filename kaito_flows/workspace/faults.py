@@ -9,6 +9,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from kaito_flows.errors import Fault
+from kaito_flows.urls import without_secrets
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -38,15 +39,16 @@ def faults_of(error: ValidationError, model: type[BaseModel], *, prefix: str = "
                 hint = f'did you mean "{like}"?' if like else f"known keys: {', '.join(sorted(known))}"
                 yield Fault(path, f'unknown key "{location[-1]}"', hint, code="unknown-key")
             case "missing":
-                yield Fault(path, "is required", code="missing-key")
+                yield Fault(path, "is required", "add it", code="missing-key")
             case "literal_error" | "enum":
-                yield Fault(path, f"{detail['input']!r} is not {detail['ctx']['expected']}", code="invalid-value")
+                message = f"{detail['input']!r} is not {detail['ctx']['expected']}"
+                yield Fault(path, message, "write one of these", code="invalid-value")
             case _:
                 yield Fault(path, f"{detail['msg']}, not {_short(detail['input'])}", code="invalid-value")
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    text = without_secrets(repr(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -51,10 +51,12 @@ def load_workspace(path: Path, platform: Platform) -> WorkspaceFile:
     except FileNotFoundError as exc:
         raise InputError("no such file", place=str(path), hint="check the path", code="file-not-found") from exc
     except (OSError, UnicodeDecodeError) as exc:
-        raise InputError(f"cannot be read: {exc}", place=str(path), code="file-not-readable") from exc
+        reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8 text"
+        hint = "name a YAML file that you may read"
+        raise InputError(f"cannot be read: {reason}", place=str(path), hint=hint, code="file-not-readable") from exc
     try:
         documents = [d for d in yaml.safe_load_all(text) if d is not None]
-    except yaml.YAMLError as exc:
+    except (yaml.YAMLError, ValueError, RecursionError) as exc:  # a date that is none is a ValueError
         mark = getattr(exc, "problem_mark", None)
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         problem = getattr(exc, "problem", None) or str(exc)
@@ -132,6 +134,7 @@ def _config_text(name: str, documents: Iterable[Any]) -> tuple[str | None, Fault
         d.get("metadata", {}).get("name"): d.get("data") or {}
         for d in documents
         if isinstance(d, dict) and d.get("kind") == "ConfigMap" and isinstance(d.get("metadata"), dict)
+        if isinstance(d["metadata"].get("name"), str)
     }
     if name not in maps:
         hint = f"ConfigMaps here: {', '.join(map(str, maps))}" if maps else "add it to the file as another document"

@@ -197,7 +197,7 @@ class _WorkspaceBase(_Model):
 class WorkspaceV1alpha1(_WorkspaceBase):
     """A Workspace of `kaito.sh/v1alpha1`."""
 
-    api_version: Literal["kaito.sh/v1alpha1"] = Field(title="API version")
+    api_version: Literal["kaito.sh/v1alpha1"] = Field("kaito.sh/v1alpha1", title="API version")
     resource: ResourceSpecV1alpha1 = Field(title="Resource")
     inference: InferenceSpec | None = Field(None, title="Inference")
     tuning: TuningSpec | None = Field(None, title="Tuning")
@@ -206,7 +206,7 @@ class WorkspaceV1alpha1(_WorkspaceBase):
 class WorkspaceV1beta1(_WorkspaceBase):
     """A Workspace of `kaito.sh/v1beta1`."""
 
-    api_version: Literal["kaito.sh/v1beta1"] = Field(title="API version")
+    api_version: Literal["kaito.sh/v1beta1"] = Field("kaito.sh/v1beta1", title="API version")
     resource: ResourceSpecV1beta1 = Field(title="Resource")
     inference: InferenceSpecV1beta1 | None = Field(None, title="Inference")
     tuning: TuningSpecV1beta1 | None = Field(None, title="Tuning")

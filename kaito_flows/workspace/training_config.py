@@ -162,7 +162,7 @@ def _canonical(section: Mapping[str, Any]) -> dict[str, Any]:
 def _sections(text: str, place: str) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(text)
-    except yaml.YAMLError as exc:
+    except (yaml.YAMLError, ValueError, RecursionError) as exc:
         raise ConfigError(f"not YAML: {exc}", place=place) from exc
     root = loaded.get(ROOT_KEY) if isinstance(loaded, dict) else None
     if not isinstance(root, dict):

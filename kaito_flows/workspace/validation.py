@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from kaito_flows.errors import Fault, ImageError, PlanError
 from kaito_flows.presets.loader import load_preset
 from kaito_flows.reference import Reference
+from kaito_flows.urls import public_url
 
 Platform = Literal["local", "kubernetes"]
 Document = Mapping[str, Any]
@@ -107,8 +108,10 @@ def _output(document: Document, platform: Platform) -> Iterator[Fault]:
         return
     given = _given(destination, "volumeSource", "image")
     if len(given) != 1:
-        yield Fault("tuning.output", "Exactly one of Volume or Image must be specified")
+        hint = "write `image: REGISTRY/REPOSITORY:TAG`"
+        yield Fault("tuning.output", "Exactly one of Volume or Image must be specified", hint)
     yield from _image(destination.get("image"), "tuning.output.image")
+    yield from _own_tag(destination.get("image"))
     # On this machine the image goes into a folder, and nothing has to be unlocked.
     if platform != "local" and "image" in given and not destination.get("imagePushSecret"):
         message = "Must specify imagePushSecret with destination image"
@@ -156,12 +159,25 @@ def _image(value: object, path: str) -> Iterator[Fault]:
         yield Fault(path, exc.message, exc.hint, code=exc.code)
 
 
+def _own_tag(value: object) -> Iterator[Fault]:
+    try:
+        reference = Reference.parse(value) if isinstance(value, str) else None
+    except ImageError:
+        return  # told by `_image`
+    path = "tuning.output.image"
+    if reference and reference.digest:
+        yield Fault(path, "a digest cannot be written to", "name a tag", code="invalid-image")
+    if reference and reference.tag.startswith(("run-", "dataset-", "checkpoint-")):
+        message = f"the tag {reference.tag!r} is of those that kaito-flows gives itself"
+        yield Fault(path, message, "choose one that does not begin with run-, dataset- or checkpoint-")
+
+
 def _bad_url(url: str, platform: Platform) -> tuple[str, str] | None:
     try:
         parts = urlsplit(url)
         host = (parts.hostname or "").lower()
     except ValueError as exc:
-        return f"{url!r} is not a URL: {exc}", ""
+        return f"{public_url(url)!r} is not a URL: {exc}", "write the whole URL"
     if parts.scheme == "file":
         if platform == "local":
             return None
@@ -169,7 +185,7 @@ def _bad_url(url: str, platform: Platform) -> tuple[str, str] | None:
     if parts.scheme not in ("http", "https"):
         return f"the scheme {parts.scheme!r} is not http or https", "write the whole URL"
     if not host:
-        return f"{url!r} names no host", "write the whole URL"
+        return f"{public_url(url)!r} names no host", "write the whole URL"
     if platform == "local":
         return None  # who runs this on their own machine may read what is on it
     if host == "localhost" or host.endswith(".localhost") or host in _METADATA_HOSTS:

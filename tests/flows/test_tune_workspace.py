@@ -19,7 +19,6 @@ from kaito_flows.flows.tune_workspace import tune_workspace
 from kaito_flows.oci.images import open_image, read_file
 from kaito_flows.oci.layout import Layout
 from kaito_flows.platforms import LocalPlatform
-from kaito_flows.platforms.processes import Process
 from kaito_flows.settings import Settings
 from kaito_flows.tasks.progress import listening
 from kaito_flows.workspace import load_workspace
@@ -115,7 +114,9 @@ def test_lora_is_another_identity_and_needs_no_bits(platform: LocalPlatform, mak
 def test_a_tuner_that_is_killed_goes_on_from_its_checkpoint_to_the_same_adapter(
     platform: LocalPlatform, make_workspace: MakeWorkspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = make_workspace(config={"LoraConfig": {"lora_dropout": 0.05}})
+    # Long enough that the kill comes in the middle, however slowly the events are read.
+    arguments = {"max_steps": 60, "max_length": 512, "packing": False, "per_device_train_batch_size": 4}
+    path = make_workspace(config={"LoraConfig": {"lora_dropout": 0.05}, "TrainingArguments": arguments})
     undisturbed, _ = run(path, serve=False)
     monkeypatch.setenv("KAITO_FLOWS_HOME", str(tmp_path / "another"))
     jobs = tmp_path / "another/jobs/tiny"
@@ -125,15 +126,14 @@ def test_a_tuner_that_is_killed_goes_on_from_its_checkpoint_to_the_same_adapter(
         if event["event"] == "progress" and event.get("step") == 5 and not killed.is_set():
             killed.set()
             [folder] = jobs.glob("*/")
-            pid = Process(folder).pid
-            assert pid is not None
-            os.killpg(pid, signal.SIGKILL)
+            os.killpg(int((folder / "pid").read_text()), signal.SIGKILL)
 
     with listening(kill):
         disturbed, told = run(path, serve=False)
     assert killed.is_set()
     resumed = [e["step"] for e in told if e["event"] == "resumed"]
-    assert resumed == [4]
+    assert len(resumed) == 1
+    assert resumed[0] >= 4
     assert disturbed["adapter"]["digest"] == undisturbed["adapter"]["digest"]
 
 

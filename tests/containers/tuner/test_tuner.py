@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -18,7 +19,19 @@ from transformers import AutoModelForCausalLM
 
 from kaito_flows.oci.images import open_image, read_file
 
-from .conftest import IDENTITY, TARGETS, Root, Rows, Running, make_config, make_dataset, make_root, run, start
+from .conftest import (
+    IDENTITY,
+    TARGETS,
+    Root,
+    Rows,
+    Running,
+    make_config,
+    make_dataset,
+    make_model,
+    make_root,
+    run,
+    start,
+)
 
 # Everything that could make a resumed run differ: dropout, accumulation, evaluations in between, a short last step.
 HARD: dict[str, Any] = {"lora_dropout": 0.05, "eval_strategy": "steps", "eval_steps": 3, "save_steps": 2}
@@ -111,6 +124,7 @@ def test_peft_loads_the_adapter_and_it_is_the_one_that_was_measured(
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tests/tiny"
     assert config["target_modules"] == sorted(TARGETS["phi3"])
+    assert type(config["lora_alpha"]) is int, "vLLM refuses other numbers"
     model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models["phi3"]), str(tmp_path))
     ids = torch.tensor([[3, 100, 50, 4]])
     with torch.no_grad():
@@ -215,35 +229,22 @@ def test_an_adapter_that_learned_nothing_is_not_tagged(models: dict[str, Path], 
     assert root.tags == {}
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(
-    models: dict[str, Path], rows: Rows, tmp_path: Path
-) -> None:
-    dataset = make_dataset(tmp_path / "data", rows)
-    config = make_config("lora", "llama", learning_rate=1e30, warmup_steps=3, save_steps=1, max_grad_norm=0.0)
-    root = make_root(tmp_path / "root", models["llama"], dataset, config, method="lora")
-    code, running = run(root)
-    assert code == 14
-    failed = running.events[-1]
-    assert failed["code"] == "diverged"
-    step = running.all("checkpoint")[-1]["step"]
-    assert failed["place"] == f"step {step + 1} of 10"
-    assert root.checkpoints[-1] == f"step-{step:06d}"
-    assert root.tags == {}
-
-
 def test_too_little_memory_is_said_with_the_settings_that_matter(
-    models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, rows: Rows, tmp_path: Path
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
-    from .conftest import make_model, make_rows
-
     weights = tmp_path_factory.mktemp("long")
     length = 32768
     make_model("llama", weights, max_position_embeddings=length)
-    dataset = make_dataset(tmp_path / "data", {"train": make_rows(2, seed=3, length=length)})
+    document = {
+        "input_ids": np.full((1, length), 9, np.int32),
+        "loss_mask": np.ones((1, length), np.uint8),
+        "position_ids": np.arange(length, dtype=np.int32)[None],
+    }
+    dataset = make_dataset(tmp_path / "data", {"train": document})
     # The attention scores of one row are 16 GiB.
     config = make_config("lora", "llama", attn_implementation="eager", max_length=length)
     root = make_root(tmp_path / "root", weights, dataset, config, method="lora")
-    code, running = run(root, address_space=8 << 30)
+    code, running = run(root, address_space=4 << 30)
     assert code == 13, (root.folder / "stderr.txt").read_text()
     failed = running.events[-1]
     assert failed["code"] == "out-of-memory"

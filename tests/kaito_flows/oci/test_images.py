@@ -65,6 +65,12 @@ def test_a_layer_that_climbs_out_of_its_folder_is_refused(tmp_path: Path) -> Non
     assert not (tmp_path / "outside").exists()
 
 
+def test_a_folder_may_have_an_at_sign_in_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "jane@corp.example"
+    image = build_image(Layout(folder), [{"data/a": b"1"}], annotations={}, tag="latest")
+    assert open_image(f"oci:{folder}:latest").digest == open_image(image.reference).digest == image.digest
+
+
 @pytest.mark.parametrize("reference", ["", "docker.io/a:b", "oci:", "oci:/folder", "oci:/folder@sha256:12"])
 def test_what_is_no_layout_reference_is_refused(reference: str) -> None:
     with pytest.raises(ImageError, match="not a layout reference"):

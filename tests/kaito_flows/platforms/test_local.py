@@ -16,11 +16,13 @@ import pytest
 
 from kaito_flows.errors import (
     ConfigError,
+    InputError,
     JobError,
     KaitoFlowsError,
     KilledError,
     OutOfMemoryError,
     PortTakenError,
+    RunError,
     ServiceError,
 )
 from kaito_flows.platforms import JobSpec, LocalPlatform, Service, ServiceSpec, local
@@ -39,7 +41,9 @@ if "port" in job:
             self.send_response(200); self.end_headers(); self.wfile.write(b"{}")
         def log_message(self, *_): pass
     if job.get("fail"): sys.exit("no model")
-    server = HTTPServer((job["host"], job["port"]), Health)
+    HTTPServer.allow_reuse_address = True
+    try: server = HTTPServer((job["host"], job["port"]), Health)
+    except OSError: emit(event="failed", code="port-taken", place="", message="taken", hint=""); sys.exit(18)
     emit(event="serving", host=job["host"], port=job["port"], models=["base", job["workspace"]])
     server.serve_forever()
 with open(pathlib.Path(job["root"]) / "starts", "a") as out: out.write("x")
@@ -114,6 +118,22 @@ def test_a_job_that_still_runs_is_followed_and_not_started_twice(platform: Local
     assert starts(platform) == 1
 
 
+def test_who_follows_a_job_that_another_run_cleared_away_has_its_outcome(platform: LocalPlatform) -> None:
+    spec, outcomes = job(steps=3, pause=0.2), []
+
+    def follow() -> None:
+        outcomes.append(run(platform, spec)[0])
+        platform.forget_job(spec)
+
+    threads = [threading.Thread(target=follow) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [o["answer"] for o in outcomes] == [42, 42]
+    assert not (platform.home / "jobs/w/j").exists()
+
+
 def test_a_job_with_other_arguments_replaces_the_one_that_runs(platform: LocalPlatform, tmp_path: Path) -> None:
     errors: list[KaitoFlowsError] = []
 
@@ -152,9 +172,7 @@ def test_a_job_that_died_without_a_word_is_told_with_its_last_one(platform: Loca
 
 def test_a_job_that_was_killed_may_be_tried_again(platform: LocalPlatform) -> None:
     def kill(event: dict[str, Any]) -> None:
-        pid = Process(platform.home / "jobs/w/j").pid
-        if pid is not None:
-            os.killpg(pid, signal.SIGKILL)
+        os.killpg(int((platform.home / "jobs/w/j/pid").read_text()), signal.SIGKILL)
 
     with pytest.raises(KilledError) as caught:
         platform.run_job(job(steps=100, pause=0.1), kill)
@@ -170,7 +188,7 @@ def test_stopping_the_jobs_of_a_workspace_leaves_none(platform: LocalPlatform, t
 
     thread = threading.Thread(target=killed)
     thread.start()
-    while Process(platform.home / "jobs/w/j").pid is None:
+    while not Process(platform.home / "jobs/w/j").running:
         time.sleep(0.05)
     assert platform.stop_jobs("other") == []
     assert platform.stop_jobs("w") == ["j"]
@@ -229,7 +247,7 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts(platform: LocalP
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(PortTakenError, match=f"port-taken: port {port}"):
-            platform.check_port("w", port)
+            platform.check_service("w", port)
         with pytest.raises(PortTakenError):
             platform.ensure_service(service("r1", port), satisfied)
     assert not (platform.home / "services/w/r1/job.json").exists()
@@ -252,3 +270,92 @@ def test_a_status_is_read_back_as_it_was_written(platform: LocalPlatform) -> Non
     assert platform.read_status("a") == {"name": "a", "n": [1]}
     assert [s["name"] for s in platform.statuses()] == ["a", "b"]
     assert json.loads((platform.home / "workspaces/a.json").read_text())["n"] == [1]
+
+
+def test_a_service_that_no_longer_satisfies_is_replaced_by_a_new_one(platform: LocalPlatform) -> None:
+    try:
+        old = platform.ensure_service(service("r1"), satisfied)
+        asked: list[str] = []
+
+        def not_the_old(up: Service) -> None:
+            asked.append(up.url)
+            if len(asked) == 1:
+                raise ServiceError("answers 503")
+
+        new = platform.ensure_service(service("r1"), not_the_old)
+        assert asked[0] == old.url
+        assert not new.adopted
+        assert httpx.get(f"{new.url}/health").status_code == 200
+    finally:
+        platform.delete("w")
+
+
+def test_two_workspaces_that_roll_out_at_once_both_find_a_port(platform: LocalPlatform) -> None:
+    def spec(name: str) -> ServiceSpec:
+        return ServiceSpec(JobSpec("s", name, "fixture_program", {"workspace": name}), "r1")
+
+    urls: list[str] = []
+    threads = [
+        threading.Thread(target=lambda n=name: urls.append(platform.ensure_service(spec(n), satisfied).url))
+        for name in ("a", "b", "c")
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(set(urls)) == 3
+    finally:
+        for name in ("a", "b", "c"):
+            platform.delete(name)
+
+
+def test_a_service_that_was_not_probed_yet_is_not_shown(platform: LocalPlatform) -> None:
+    try:
+        platform.ensure_service(service("r9"), satisfied)
+        seen: list[str] = []
+
+        def look(_: Service) -> None:
+            found = platform.service("w")
+            seen.append(found.revision if found else "")
+
+        platform.ensure_service(service("r1"), look)
+        assert seen == ["r9"]
+    finally:
+        platform.delete("w")
+
+
+def test_a_host_that_is_none_of_this_machines_is_refused_early(home: Path) -> None:
+    platform = LocalPlatform(Settings(serve_host="no-such-host.invalid"))
+    with pytest.raises(InputError, match="KAITO_FLOWS_SERVE_HOST: cannot listen on no-such-host.invalid"):
+        platform.check_service("w", None)
+
+
+@pytest.mark.parametrize("name", ["", "..", "../../x", "a/b", "A", "a" * 64, "/"])
+def test_a_name_that_no_workspace_has_makes_no_path(platform: LocalPlatform, name: str) -> None:
+    for call in (platform.delete, platform.stop_jobs, platform.read_status, platform.check_known):
+        with pytest.raises(InputError, match="is no Workspace's name"):
+            call(name)
+    with pytest.raises(InputError):
+        platform.write_status(name, {})
+    assert not platform.home.exists() or not list(platform.home.rglob("*.json"))
+
+
+def test_a_status_does_not_call_a_service_ready_that_is_not_up(platform: LocalPlatform) -> None:
+    condition = {"type": "InferenceReady", "status": "True", "reason": "r", "message": "m"}
+    platform.write_status("w", {"name": "w", "conditions": {"InferenceReady": condition}})
+    try:
+        platform.ensure_service(service("r1"), satisfied)
+        assert platform.statuses()[0]["conditions"]["InferenceReady"]["status"] == "True"
+        Process(platform.home / "services/w/r1").stop()
+        assert platform.statuses()[0]["conditions"]["InferenceReady"]["status"] == "False"
+    finally:
+        platform.delete("w")
+
+
+def test_who_works_for_a_deleted_workspace_is_told(platform: LocalPlatform) -> None:
+    platform.write_status("w", {"name": "w"})
+    platform.check_known("w")
+    platform.delete("w")
+    with pytest.raises(RunError, match="workspace-deleted"):
+        platform.check_known("w")

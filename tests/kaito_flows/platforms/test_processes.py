@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -31,6 +30,10 @@ sys.exit(job["code"])
 """
 
 Start = Callable[..., Process]
+
+
+def leader(process: Process) -> int:
+    return int((process.folder / "pid").read_text())
 
 
 @pytest.fixture
@@ -74,7 +77,7 @@ def test_it_outlives_the_process_that_started_it(tmp_path: Path, start: Start) -
     starter = subprocess.run([sys.executable, tmp_path / "starter.py", folder, tmp_path], check=False)
     assert starter.returncode == -signal.SIGKILL
     process = Process(folder)
-    assert process.pid is not None
+    assert process.running
     assert len(list(process.events())) == 30
     assert process.exit_code == 0
 
@@ -91,25 +94,45 @@ def test_stopping_lets_it_leave_in_order(start: Start) -> None:
 def test_killed_with_its_shell_it_is_told_apart_from_an_end(start: Start) -> None:
     process = start(steps=100, pause=0.1)
     next(process.events())
-    pid = process.pid
-    assert pid is not None
-    os.killpg(pid, signal.SIGKILL)
+    os.killpg(leader(process), signal.SIGKILL)
     assert len(list(process.events())) < 100
     assert process.exit_code == KILLED
 
 
-def test_a_pid_that_was_given_to_somebody_else_is_not_it(start: Start) -> None:
-    process = start(steps=0)
+def test_with_its_shell_killed_it_still_runs_and_can_be_stopped(start: Start) -> None:
+    process = start(steps=100, pause=0.1)
+    next(process.events())
+    os.kill(leader(process), signal.SIGKILL)
+    time.sleep(0.3)
+    assert process.running
+    assert process.stop()
+    assert list(process.events())[-1] == {"event": "left"}
+
+
+def test_its_exit_code_is_kept_although_the_disk_is_full_by_then(start: Start) -> None:
+    process = start(steps=1, code=15)
+    # Nothing is created or grown when it ends: both files have their room from the start.
+    sizes = {name: (process.folder / name).stat().st_size for name in ("pid", "exit")}
     list(process.events())
-    record = json.loads((process.folder / "process.json").read_text())
-    (process.folder / "process.json").write_text(json.dumps({**record, "pid": os.getpid()}))
-    assert process.pid is None
-    assert not process.stop()
+    assert process.exit_code == 15
+    assert {name: (process.folder / name).stat().st_size for name in ("pid", "exit")} == sizes
+
+
+def test_secrets_of_the_environment_stay_with_the_starter(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "PREFECT_API_KEY", "AWS_SECRET_ACCESS_KEY", "A_PASSWORD"):
+        monkeypatch.setenv(name, "hunter2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    process = start(steps=100, pause=0.1)
+    next(process.events())
+    environment = Path(f"/proc/{leader(process)}/environ").read_text()
+    process.stop()
+    assert "hunter2" not in environment
+    assert "CUDA_VISIBLE_DEVICES=0" in environment
 
 
 def test_what_was_never_started_neither_runs_nor_has_ended(tmp_path: Path) -> None:
     process = Process(tmp_path / "nothing")
-    assert process.pid is None
+    assert not process.running
     assert process.exit_code is None
     assert process.log_tail() == []
 
@@ -126,6 +149,6 @@ def test_events_are_followed_while_they_come(start: Start) -> None:
     events = process.events()
     begin = time.monotonic()
     next(events)
-    assert process.pid is not None, "the first event is there before the end"
+    assert process.running, "the first event is there before the end"
     assert time.monotonic() - begin < 2.5
     process.stop()

@@ -204,6 +204,8 @@ def test_a_document_that_is_wrong_is_refused(seed: dict[str, Any], change: dict[
         ("output", {"image": "a/b", "imagePushSecret": "s", "volumeSource": {"emptyDir": {}}}, "Exactly one of"),
         ("output", {"image": "a//b", "imagePushSecret": "s"}, "tuning.output.image: not an image reference"),
         ("output", {"image": "a/b"}, "Must specify imagePushSecret with destination image"),
+        ("output", {"image": "a/b@sha256:" + "0" * 64, "imagePushSecret": "s"}, "a digest cannot be written to"),
+        ("output", {"image": "a/b:run-1", "imagePushSecret": "s"}, "those that kaito-flows gives itself"),
         ("preset", {}, "tuning.preset.name: is required"),
         ("preset", {"name": "gpt-5"}, "Unsupported tuning preset name gpt-5"),
     ],
@@ -237,6 +239,7 @@ def test_a_relative_file_url_is_relative_to_its_file(tmp_path: Path, seed: dict[
         ("kind: ConfigMap", "invalid-yaml", "(documents: ConfigMap)"),
         ("kind: Workspace\n---\nkind: Workspace\n", "invalid-yaml", "holds 2 Workspaces"),
         ("kind: Workspace", "invalid-value", "apiVersion"),
+        ("kind: Workspace\nname: 2024-13-45", "invalid-yaml", "month must be in 1..12"),
     ],
 )
 def test_a_file_that_is_no_workspace_is_refused_with_its_place(tmp_path: Path, text: str, code: str, told: str) -> None:
@@ -266,3 +269,12 @@ def test_the_parameters_of_a_file_make_the_same_workspace_again(tmp_path: Path, 
     assert parameters["workspace"] == seed
     again = parse_workspace(parameters["workspace"], "kubernetes", training_config=parameters["training_config"])
     assert again == loaded
+
+
+@pytest.mark.parametrize("urls", ["https://bob:hunter2@h.io/d?sig=SECRET", ["https://bob:hunter2@/d?sig=SECRET"]])
+def test_a_fault_in_a_url_does_not_tell_its_secrets(seed: dict[str, Any], urls: Any) -> None:
+    seed["tuning"]["input"]["urls"] = urls
+    told = "\n".join(faults(seed))
+    assert "tuning.input.urls" in told
+    assert "hunter2" not in told
+    assert "SECRET" not in told
