@@ -23,7 +23,7 @@ _FREE_SPACE = "free some space, or set KAITO_FLOWS_HOME elsewhere"
 
 
 def from_exception(exc: Exception) -> KaitoFlowsError:
-    """Return the error that stands for any exception: what the user typed, a path, Prefect's server, else unexpected."""
+    """Return the error for any exception: what the user typed, a path, Prefect's server, else unexpected."""
     if usage := _usage(exc):
         return usage
     if isinstance(exc, OSError) and exc.errno in _FULL:

@@ -83,16 +83,10 @@ class Live:
                     TextColumn("{task.fields[eta]} left"),
                 )
                 self._bar = Progress(*columns, console=self._console, transient=True)
-                self._task = self._bar.add_task("tune", total=event["total"], loss=0.0, speed=0.0, eta="")
+                self._task = self._bar.add_task("tune", total=event["total"], **_fields(event))
                 self._bar.start()
-            if self._task is not None:
-                self._bar.update(
-                    self._task,
-                    completed=event["step"],
-                    loss=event["loss"],
-                    speed=event["tokens_per_second"],
-                    eta=_clock(event["eta_seconds"]),
-                )
+            elif self._task is not None:
+                self._bar.update(self._task, **_fields(event))
         elif time.monotonic() - self._told_at >= PLAIN_INTERVAL_SECONDS or event["step"] == event["total"]:
             self._told_at = time.monotonic()
             self._say(
@@ -111,6 +105,12 @@ class Live:
         else:
             output.line(text)
             sys.stdout.flush()
+
+
+def _fields(event: Mapping[str, Any]) -> dict[str, Any]:
+    """What the bar shows of a step."""
+    eta = _clock(event["eta_seconds"])
+    return {"completed": event["step"], "loss": event["loss"], "speed": event["tokens_per_second"], "eta": eta}
 
 
 def _clock(seconds: float) -> str:
