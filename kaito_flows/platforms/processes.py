@@ -132,13 +132,12 @@ class Process:
 
     def stop(self, grace_seconds: float = 30.0) -> bool:
         """End it: SIGTERM to its session, SIGKILL after the grace time. Return whether it ran."""
-        if not self.running:
-            return False
+        ran = self.running
         for number in (signal.SIGTERM, signal.SIGKILL):
             deadline, told = time.monotonic() + grace_seconds, False
             while time.monotonic() < deadline:
                 if not self.running:
-                    return True
+                    return ran
                 # While somebody of it lives, its session's number is given to nobody else.
                 if not told and (leader := self._leader()):
                     with contextlib.suppress(ProcessLookupError):

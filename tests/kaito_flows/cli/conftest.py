@@ -115,8 +115,8 @@ class Terminal:
 
     @property
     def lines(self) -> list[str]:
-        """Every line that was drawn, those that were overwritten too."""
-        return [line for line in re.split(r"[\r\n]+", _ESCAPES.sub("", self.raw)) if line]
+        """Every line that was drawn, those that were overwritten too; the echo of Ctrl-C ends one."""
+        return [line for line in re.split(r"[\r\n]+|\^C", _ESCAPES.sub("", self.raw)) if line]
 
 
 @pytest.fixture(scope="session")
