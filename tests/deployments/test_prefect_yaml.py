@@ -27,6 +27,8 @@ from kaito_flows.workspace import load_workspace
 
 BIN = Path(sys.executable).parent
 NAME = "tiny-deployed"
+# Long enough that the tuner still works when the retried flow comes.
+STEPS = 2000
 
 
 class Prefect:
@@ -67,6 +69,11 @@ class Prefect:
         """What the server knows of a flow run."""
         found: dict[str, Any] = httpx.get(f"{self.api}/flow_runs/{run_id}", timeout=30).json()
         return found
+
+    def logs(self) -> str:
+        """The messages of the newest 200 log lines."""
+        newest = {"limit": 200, "sort": "TIMESTAMP_DESC"}
+        return "\n".join(e["message"] for e in httpx.post(f"{self.api}/logs/filter", json=newest, timeout=30).json())
 
     def wait_for(self, run_id: str, state: str, seconds: float) -> None:
         """Wait until the flow run is in that state."""
@@ -116,7 +123,7 @@ def workspace(tmp_path: Path) -> Path:
     pq.write_table(pa.table({"messages": chats}), tmp_path / "chats.parquet")
     config = {
         "TrainingArguments": {
-            "max_steps": 300,
+            "max_steps": STEPS,
             "learning_rate": 0.002,
             "max_length": 512,
             "save_steps": 10,
@@ -190,9 +197,10 @@ def test_a_run_that_is_killed_in_training_and_retried_goes_on_where_it_was(
     # The runner and the worker both report the crash, about a second apart; the later one would undo the retry.
     time.sleep(5)
     prefect("flow-run", "retry", run_id)
-    prefect.wait_for(run_id, "COMPLETED", 180)
-    logs = httpx.post(f"{prefect.api}/logs/filter", json={"limit": 200}, timeout=30).json()
-    messages = "\n".join(entry["message"] for entry in logs)
+    prefect.wait_for(run_id, "COMPLETED", 400)
+    wanted, deadline = f"step {STEPS}/{STEPS}", time.monotonic() + 30
+    while wanted not in (messages := prefect.logs()):
+        assert time.monotonic() < deadline, messages
+        time.sleep(0.5)  # logs are sent in the background
     assert "resumed from" not in messages, "it was followed, not started again"
-    assert "step 300/300" in messages
     assert prefect.run(run_id)["run_count"] == 2

@@ -263,3 +263,9 @@ def hub() -> Iterator[Hub]:
     yield state
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _hub_may_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that never ask the Hub say so in the environment; a test of one, in this process, leaves that behind."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)

@@ -264,9 +264,9 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, tuned: Any) -> Iterato
     file = command.home.parent / "files/long.yaml"
     file.parent.mkdir()
     (file.parent / "chats.parquet").symlink_to(tuned.file.with_name("chats.parquet"))
-    text = tuned.file.read_text().replace("name: tiny\n", "name: long\n").replace("max_steps: 8", "max_steps: 100")
+    text = tuned.file.read_text().replace("name: tiny\n", "name: long\n").replace("max_steps: 8", "max_steps: 900")
     file.write_text(text)
-    yield command, command.on_terminal("tune", file, "--no-serve", interrupt_at=r" [1-9]\d*/100 "), file
+    yield command, command.on_terminal("tune", file, "--no-serve", interrupt_at=r" [1-9]\d*/900 "), file
     command.end_all()
 
 
@@ -274,7 +274,7 @@ def test_on_a_terminal_training_is_a_bar_that_fits(interrupted: Any) -> None:
     _, shown, _ = interrupted
     bars = [line for line in shown.lines if "tok/s" in line]
     assert bars
-    whole = re.compile(r"tune \S+ +\d+/100 loss \d+\.\d{3} +\d+ tok/s \d+:\d\d left *")
+    whole = re.compile(r"tune \S+ +\d+/900 loss \d+\.\d{3} +\d+ tok/s \d+:\d\d left *")
     assert [bar for bar in bars if not whole.fullmatch(bar)] == []
     assert max(map(len, bars)) <= 78, "room for the ^C that the terminal echoes"
     assert [line for line in shown.lines if len(line) > 80] == []
@@ -296,7 +296,7 @@ def test_after_ctrl_c_the_next_tune_goes_on_from_the_checkpoint(interrupted: Any
     assert (done.returncode, done.stderr) == (0, "")
     resumed = re.search(r"^tune +going on from the checkpoint at step (\d+)$", done.stdout, re.MULTILINE)
     assert resumed
-    assert 0 < int(resumed[1]) < 100
-    assert re.search(r"^tune +step 100/100 ", done.stdout, re.MULTILINE)
+    assert 0 < int(resumed[1]) < 900
+    assert re.search(r"^tune +step 900/900 ", done.stdout, re.MULTILINE)
     assert "chat " not in done.stdout
     assert command.processes() == []
