@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
