@@ -6,12 +6,13 @@ A user sees one line for each: what kind it is (`code`), where (`place`), why (`
     ├── InputError                 what the user wrote or offered; exit code 2
     │   ├── WorkspaceError         the Workspace file; carries every fault found in it
     │   ├── PlanError              the plan cannot hold: no such preset, a GPU that is too small
-    │   ├── ConfigError            training_config.yaml; job exit code 10
+    │   ├── ConfigError            training_config.yaml, inference_config.yaml; job exit code 10
     │   ├── DatasetError           the data: not reachable, not readable, not chats; job exit code 11
     │   ├── WeightsError           the base model's weights; job exit code 12
     │   ├── ImageError             an image reference or what it points at; job exit code 17
     │   ├── DiskFullError          no room left; job exit code 15
-    │   └── PortTakenError         another process listens there; job exit code 18
+    │   ├── PortTakenError         another process listens there; job exit code 18
+    │   └── AccessError            a registry or an API server says no; job exit code 19
     └── RunError                   what failed although the input was right; exit code 1
         ├── OutOfMemoryError       job exit code 13
         ├── DivergedError          the loss is no longer a number; job exit code 14
@@ -19,7 +20,12 @@ A user sees one line for each: what kind it is (`code`), where (`place`), why (`
         ├── PreemptedError         SIGTERM; a checkpoint was saved; job exit code 143; retryable
         ├── KilledError            a job was killed from outside; retryable
         ├── JobError               a job ended in another way
-        └── ServiceError           a service did not come up, or does not answer
+        ├── ServiceError           a service did not come up, or does not answer
+        ├── RegistryError          a registry does not answer, or answers with nonsense; job exit code 20; retryable
+        ├── ClusterError           the Kubernetes API does not answer; retryable
+        ├── SchedulingError        no node takes the pod, in the scheduler's words
+        ├── ImagePullError         a container's image cannot be pulled
+        └── DeadlineError          it took longer than it may
 
 Each class has a `job_exit_code`: the code with which a program in `containers/` ends, and by which the orchestrator
 raises the same class again (`from_job_exit`).
@@ -35,12 +41,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 __all__ = [
+    "AccessError",
+    "ClusterError",
     "ConfigError",
     "DatasetError",
+    "DeadlineError",
     "DiskFullError",
     "DivergedError",
     "Fault",
     "ImageError",
+    "ImagePullError",
     "InputError",
     "JobError",
     "KaitoFlowsError",
@@ -49,7 +59,9 @@ __all__ = [
     "PlanError",
     "PortTakenError",
     "PreemptedError",
+    "RegistryError",
     "RunError",
+    "SchedulingError",
     "ServiceError",
     "UnprovenError",
     "WeightsError",
@@ -150,7 +162,7 @@ class PlanError(InputError):
 
 
 class ConfigError(InputError):
-    """`training_config.yaml` asks for something that is unknown or that cannot be done."""
+    """`training_config.yaml` or `inference_config.yaml` asks for something unknown, or that cannot be done."""
 
     code = "invalid-training-config"
     job_exit_code = 10
@@ -189,6 +201,13 @@ class PortTakenError(InputError):
 
     code = "port-taken"
     job_exit_code = 18
+
+
+class AccessError(InputError):
+    """A registry or an API server knows the caller, or not, and says no."""
+
+    code = "access-denied"
+    job_exit_code = 19
 
 
 class RunError(KaitoFlowsError):
@@ -244,6 +263,39 @@ class ServiceError(RunError):
     """A service did not come up, or does not answer."""
 
     code = "service-unavailable"
+
+
+class RegistryError(RunError):
+    """A registry does not answer, or not as the distribution spec says."""
+
+    code = "registry-unavailable"
+    job_exit_code = 20
+    retryable = True
+
+
+class ClusterError(RunError):
+    """The Kubernetes API does not answer."""
+
+    code = "cluster-unavailable"
+    retryable = True
+
+
+class SchedulingError(RunError):
+    """No node takes the pod."""
+
+    code = "unschedulable"
+
+
+class ImagePullError(RunError):
+    """The image of a container cannot be pulled."""
+
+    code = "image-pull-failed"
+
+
+class DeadlineError(RunError):
+    """It took longer than it may."""
+
+    code = "deadline-exceeded"
 
 
 def _classes(root: type[KaitoFlowsError]) -> Iterator[type[KaitoFlowsError]]:

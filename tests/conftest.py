@@ -6,6 +6,27 @@ import os
 from pathlib import Path
 
 import pytest
+from cluster_fixtures import busybox, cluster, kubeconfig, proxy, space
+from kubectl_fixtures import kubectl, workspaces_crd
+from pod_fixtures import images, place, pod_host, pod_registry, shared_place
+from registry_fixtures import registry, registry_with
+
+__all__ = [
+    "busybox",
+    "cluster",
+    "images",
+    "kubeconfig",
+    "kubectl",
+    "place",
+    "pod_host",
+    "pod_registry",
+    "proxy",
+    "registry",
+    "registry_with",
+    "shared_place",
+    "space",
+    "workspaces_crd",
+]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
