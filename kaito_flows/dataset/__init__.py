@@ -4,6 +4,7 @@ fetch the files  ->  read chats  ->  render and tokenise, with a mask over the a
 """
 
 from kaito_flows.dataset.download import Patience, SourceFile, fetch, probe
+from kaito_flows.dataset.images import files_of_image
 from kaito_flows.dataset.prepare import DatasetParameters, PreparedDataset, dataset_key, prepare_dataset
 from kaito_flows.urls import public_url
 
@@ -14,6 +15,7 @@ __all__ = [
     "SourceFile",
     "dataset_key",
     "fetch",
+    "files_of_image",
     "prepare_dataset",
     "probe",
     "public_url",

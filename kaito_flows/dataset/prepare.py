@@ -31,8 +31,8 @@ from kaito_flows.dataset.splitting import split_chats
 from kaito_flows.dataset.tokens import ChatTokenizer, Document
 from kaito_flows.dataset.urls import recorded_url
 from kaito_flows.errors import ConfigError, DatasetError, ImageError
-from kaito_flows.oci.images import Image, build_image, open_image, read_file
-from kaito_flows.oci.layout import Layout
+from kaito_flows.oci.images import Image, build_image, find_image, read_file
+from kaito_flows.oci.repository import Repository
 
 FORMAT_VERSION = 1
 PREPARATION_VERSION = 1
@@ -116,17 +116,17 @@ def prepare_dataset(
     sources: Sequence[SourceFile],
     tokenizer_folder: Path,
     parameters: DatasetParameters,
-    layout: Layout,
+    repository: Repository,
     *,
     pad_token: str | None = None,
 ) -> PreparedDataset:
-    """Return the dataset image of these inputs out of the layout, made now if it is not there yet.
+    """Return the dataset image of these inputs out of the repository, made now if it is not there yet.
 
     Args:
         sources: the files, from `fetch`.
         tokenizer_folder: the model folder: tokenizer.json, tokenizer_config.json, the chat template.
         parameters: how it is made.
-        layout: where the image is looked for, and goes.
+        repository: where the image is looked for, and goes.
         pad_token: instead of the tokenizer's own.
 
     Raises:
@@ -140,19 +140,19 @@ def prepare_dataset(
     tokenizer = ChatTokenizer(tokenizer_folder, pad_token=pad_token)
     key = dataset_key(sources, tokenizer.digest, parameters)
     tag = f"dataset-{key[:12]}"
-    found = _find(layout, tag, key)
+    found = _find(repository, tag, key)
     if found is not None:
         return PreparedDataset(found, json.loads(read_file(found, "data/dataset.json")), reused=True)
     facts, files = _make(sources, tokenizer, parameters)
-    image = build_image(layout, [files], annotations={KEY_ANNOTATION: key}, tag=tag)
+    image = build_image(repository, [files], annotations={KEY_ANNOTATION: key}, tag=tag)
     return PreparedDataset(image, facts, reused=False)
 
 
-def _find(layout: Layout, tag: str, key: str) -> Image | None:
-    if not layout.has(tag):
+def _find(repository: Repository, tag: str, key: str) -> Image | None:
+    if not repository.has(tag):
         return None
     try:
-        image = open_image(f"oci:{layout.root}@{layout.resolve(tag)}")
+        image = find_image(repository, tag)
     except ImageError:
         return None
     return image if image.annotations.get(KEY_ANNOTATION) == key else None

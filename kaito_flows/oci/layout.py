@@ -16,41 +16,27 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from kaito_flows.canonical import canonical_json
-from kaito_flows.errors import ImageError, disk_errors
+from kaito_flows.errors import AccessError, ImageError, disk_errors
+from kaito_flows.oci.repository import CHUNK, INDEX_TYPE, MANIFEST_TYPE, Descriptor, is_digest, read_manifest, verified
 
-MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
-INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
+__all__ = ["Layout"]
+
 REF_NAME = "org.opencontainers.image.ref.name"
 
 
-@dataclass(frozen=True, slots=True)
-class Descriptor:
-    """What points at a blob: media type, digest (`sha256:<64 hex>`), size in bytes."""
-
-    media_type: str
-    digest: str
-    size: int
-    annotations: dict[str, str] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The descriptor as the spec writes it."""
-        raw: dict[str, Any] = {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
-        return {**raw, "annotations": self.annotations} if self.annotations else raw
-
-
 class Layout:
-    """One repository in a folder: `put_blob`, `put_manifest`, `tag`, `resolve`, `blob_path`, `tags`, `untag`.
+    """One repository in a folder; see `Repository` for what each method promises.
 
     Safe for several processes: blobs are content-addressed, and `index.json` is changed under a lock.
 
     Raises:
-        ImageError: (`image-not-found`) a tag or digest is not there; (`image-damaged`) a manifest is not JSON.
+        ImageError: (`image-not-found`) a tag or digest is not there; (`image-damaged`) bytes are not what
+            their digest says, or a manifest is none.
         DiskFullError: no space left.
     """
 
@@ -62,10 +48,13 @@ class Layout:
 
     def blob_path(self, digest: str) -> Path:
         """Where the blob with that digest lies, whether or not it is there."""
-        algorithm, _, encoded = digest.partition(":")
-        if algorithm != "sha256" or len(encoded) != 64 or not set(encoded) <= set("0123456789abcdef"):
+        if not is_digest(digest):
             raise ImageError(f"not a sha256 digest: {digest!r}", place=str(self.root))
-        return self.root / "blobs" / algorithm / encoded
+        return self.root / "blobs" / "sha256" / digest.removeprefix("sha256:")
+
+    def reference(self, reference: str) -> str:
+        """The image with that tag or digest as the text that `open_image` and skopeo take."""
+        return f"oci:{self.root}{'@' if is_digest(reference) else ':'}{reference}"
 
     def put_blob(self, chunks: Iterable[bytes], media_type: str) -> Descriptor:
         """Store the bytes and return their descriptor; storing the same bytes again changes nothing."""
@@ -81,18 +70,42 @@ class Layout:
             path.replace(self.blob_path(digest))
         return Descriptor(media_type, digest, size)
 
-    def put_manifest(self, manifest: dict[str, Any]) -> Descriptor:
+    def put_manifest(self, manifest: Mapping[str, Any]) -> Descriptor:
         """Store a manifest in canonical JSON and return its descriptor."""
         return self.put_blob([canonical_json(manifest)], manifest.get("mediaType", MANIFEST_TYPE))
 
     def manifest(self, reference: str) -> dict[str, Any]:
         """Return the manifest behind a tag or a digest."""
         digest = self.resolve(reference)
+        return read_manifest(self.blob_path(digest).read_bytes(), self.reference(digest), digest)
+
+    def descriptor(self, reference: str) -> Descriptor:
+        """Return the descriptor of the manifest behind a tag or a digest."""
+        digest = self.resolve(reference)
+        media_type = self.manifest(digest).get("mediaType", MANIFEST_TYPE)
+        return Descriptor(media_type, digest, self.blob_path(digest).stat().st_size)
+
+    @contextlib.contextmanager
+    def open_blob(self, digest: str) -> Iterator[BinaryIO]:
+        """Open a blob for reading; whoever reads it to its end knows that it is what the digest says."""
+        path = self.blob_path(digest)
+        if not path.is_file():
+            raise ImageError("no such blob in this layout", place=self.reference(digest), code="image-damaged")
+        with path.open("rb") as file:
+            yield verified(iter(lambda: file.read(CHUNK), b""), digest, self.reference(digest))
+
+    def probe_push(self) -> None:
+        """Raise now what a push would raise for want of rights, and leave nothing behind.
+
+        Raises:
+            AccessError: (`push-refused`) the folder cannot be written to.
+            DiskFullError: no space left.
+        """
         try:
-            loaded: dict[str, Any] = json.loads(self.blob_path(digest).read_bytes())
-        except ValueError as exc:
-            raise ImageError("the manifest is not JSON", place=f"{self.root}@{digest}", code="image-damaged") from exc
-        return loaded
+            with disk_errors(self.root), self._temporary():
+                pass
+        except PermissionError as exc:
+            raise AccessError("the folder cannot be written to", place=str(self.root), code="push-refused") from exc
 
     def tag(self, tag: str, descriptor: Descriptor) -> None:
         """Let `tag` point at the manifest; whatever it pointed at before keeps its digest."""
@@ -124,6 +137,8 @@ class Layout:
             manifest = self.manifest(reference)
         except ImageError:
             return False
+        if "manifests" in manifest:
+            return all(self.has(d["digest"]) for d in manifest["manifests"])
         return all(self.blob_path(d["digest"]).is_file() for d in [manifest["config"], *manifest["layers"]])
 
     def _read_index(self) -> dict[str, Any]:

@@ -18,7 +18,8 @@ import safetensors.numpy
 from kaito_flows.dataset import DatasetParameters, PreparedDataset, SourceFile, dataset_key, fetch, prepare_dataset
 from kaito_flows.dataset.prepare import KEY_ANNOTATION
 from kaito_flows.errors import ConfigError, DatasetError, ImageError
-from kaito_flows.oci.images import extract, open_image, read_file
+from kaito_flows.oci.credentials import Credentials
+from kaito_flows.oci.images import extract, open_image, open_repository, read_file
 from kaito_flows.oci.layout import Layout
 
 PARAMETERS = DatasetParameters(max_length=64, seed=7, train_share=0.9)
@@ -114,8 +115,8 @@ def test_nothing_is_made_twice(prepare: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_image_that_lost_a_layer_is_made_again(prepare: Any) -> None:
     made = prepare()
-    layers = made.image.layout.manifest(made.image.digest)["layers"]
-    made.image.layout.blob_path(layers[0]["digest"]).unlink()
+    layers = made.image.repository.manifest(made.image.digest)["layers"]
+    made.image.repository.blob_path(layers[0]["digest"]).unlink()
     again = prepare()
     assert (again.reused, again.image.digest) == (False, made.image.digest)
     assert read_file(again.image, "data/dataset.json")
@@ -124,7 +125,7 @@ def test_an_image_that_lost_a_layer_is_made_again(prepare: Any) -> None:
 def test_a_tag_that_another_key_shares_is_not_trusted(prepare: Any) -> None:
     made = prepare()
     other = prepare(replace(PARAMETERS, seed=8))
-    layout = made.image.layout
+    layout = made.image.repository
     tag = f"dataset-{made.image.annotations[KEY_ANNOTATION][:12]}"
     manifest = layout.manifest(other.image.digest)
     layout.tag(tag, layout.put_manifest(manifest))
@@ -286,3 +287,15 @@ def test_parameters_come_from_the_resolved_training_config() -> None:
     text = f"training_config: {{{data}, TrainingArguments: {{max_length: 512}}}}"
     parameters = DatasetParameters.from_config(TrainingConfig.resolve("qlora", text).model_dump())
     assert (parameters.max_length, parameters.train_share, parameters.messages_column) == (512, 0.93, "chat")
+
+
+@pytest.mark.registry
+def test_a_registry_gets_the_image_that_a_folder_gets_and_it_is_found_there(
+    registry: Any, prepare: Any, sources: list[SourceFile], tmp_path: Path
+) -> None:
+    credentials = Credentials.from_dockerconfig(registry.dockerconfig)
+    repository = open_repository(f"docker://{registry.host}/team/datasets", credentials)
+    made = prepare_dataset(sources, tmp_path / "model", PARAMETERS, repository)
+    assert (made.reused, made.image.digest) == (False, prepare().image.digest)
+    again = prepare_dataset(sources, tmp_path / "model", PARAMETERS, repository)
+    assert (again.reused, again.image.digest, again.facts) == (True, made.image.digest, made.facts)
