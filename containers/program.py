@@ -1,7 +1,8 @@
 """What every program in a pod does: read its job file, say what it does on standard output, end with a known exit code.
 
 Standard output carries one JSON object a line and nothing else; logs go to standard error, and so does whatever a
-library or a child process prints.
+library or a child process prints. The last event, `completed` or `failed`, is also written to /dev/termination-log
+where that is there, as it is in pods: Kubernetes keeps it when the log is lost.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import sys
 import threading
@@ -22,9 +24,16 @@ from typing import Any, NoReturn, TextIO, TypeVar
 
 from kaito_flows.errors import InputError, KaitoFlowsError, disk_errors
 
-__all__ = ["emit", "read_job", "run", "strict"]
+__all__ = ["EVENTS", "emit", "read_job", "run", "shortened", "strict"]
 
 T = TypeVar("T")
+
+TERMINATION_LOG = Path("/dev/termination-log")
+TERMINATION_BYTES = 4096
+"""What Kubernetes keeps of a container's last words."""
+
+EVENTS = "KAITO_FLOWS_EVENTS"
+"""The environment variable with the path to which events go instead, for a program that starts this one."""
 
 _lock = threading.Lock()
 _events: TextIO | None = None
@@ -126,12 +135,14 @@ def _shown(value: object) -> str:
 def run(main: Callable[[T], dict[str, Any]], cls: type[T], argv: Sequence[str]) -> NoReturn:
     """Read the job file that `argv[1]` names, run `main` on it, tell how it ended, and exit with the code of that."""
     _keep_stdout_for_events()
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request, and 401s that are no fault
     try:
         if len(argv) != 2:
             raise InputError(f"one argument is needed, the path of a job file; got {len(argv) - 1}", code="invalid-job")
         job = read_job(Path(argv[1]), cls)
         with disk_errors(Path.cwd()):
             facts = main(job)
+            _last_words("completed", facts)
             emit("completed", **facts)
     except KaitoFlowsError as exc:
         if exc.__cause__ is not None:
@@ -146,15 +157,40 @@ def run(main: Callable[[T], dict[str, Any]], cls: type[T], argv: Sequence[str]) 
 
 
 def _end(facts: dict[str, Any], exit_code: int) -> NoReturn:
+    _last_words("failed", facts)
     # On a full disk the line cannot be written, but the exit code says the same.
     with contextlib.suppress(OSError):
         emit("failed", **facts)
     sys.exit(exit_code)
 
 
+def _last_words(event: str, facts: Mapping[str, Any]) -> None:
+    """Write the event where Kubernetes looks for it, unless another program speaks for this one."""
+    if EVENTS in os.environ or not TERMINATION_LOG.exists():
+        return
+    with contextlib.suppress(OSError):
+        TERMINATION_LOG.write_bytes(shortened({"event": event, **facts}, TERMINATION_BYTES))
+
+
+def shortened(event: Mapping[str, Any], limit: int) -> bytes:
+    """Return the event as JSON of at most `limit` bytes: its longest texts are cut, and its largest facts left out."""
+    left = dict(event)
+    while len(line := json.dumps(left, ensure_ascii=False).encode()) > limit:
+        largest = max((key for key in left if key != "event"), key=lambda key: len(json.dumps(left[key])))
+        value = left[largest]
+        if isinstance(value, str) and len(value) > 64:
+            left[largest] = value[: len(value) // 2] + "…"
+        else:
+            del left[largest]
+            left["left_out"] = True
+    return line
+
+
 def _keep_stdout_for_events() -> None:
     """Let file descriptor 1 be standard error from now on, and events go where it went."""
     global _events
     sys.stdout.flush()
-    _events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    elsewhere = os.environ.get(EVENTS)
+    handle = os.open(elsewhere, os.O_WRONLY) if elsewhere else os.dup(1)
+    _events = os.fdopen(handle, "w", encoding="utf-8")
     os.dup2(2, 1)

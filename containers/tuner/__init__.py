@@ -8,8 +8,13 @@
     evaluation.py   the loss on held-out data
     schedule.py     the learning rate of each step
     checkpoint.py   what a killed training goes on from
+    shipping.py     the same in a registry, for another machine to go on from
     training.py     the loop
+    world.py        the processes that share the rows of each step
+    launch.py       starting them, here and on other machines
+    sharding.py     a base model that fits no single GPU
     image.py        the adapter's image and its model card
 
 The same job gives the same bytes, on whichever machine of the same kind, and however often it was killed on the way.
+With another number of processes it gives the same losses, to six digits and more where there is no dropout.
 """

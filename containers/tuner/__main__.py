@@ -1,8 +1,12 @@
 """`python -m kaito_flows.containers.tuner JOB.json`: train an adapter, prove it, publish it.
 
 Exit codes: 0 published; 2 the job file; 10 the training config; 11 the data; 12 the weights; 13 out of memory; 14 the
-loss diverged; 15 the disk is full; 16 the adapter was not proven; 17 an image; 143 stopped by SIGTERM (the training
-goes on from its checkpoint when the job is started again).
+loss diverged; 15 the disk is full; 16 the adapter was not proven; 17 an image; 19 a registry says no; 20 a registry
+does not answer; 137 a process of the training was killed, or another machine is gone; 143 stopped by SIGTERM. After the
+last three the training goes on from its checkpoint when the job is started again.
+
+Where the job's `world` has several processes, the program starts itself once for each (see `launch`), and ends as
+they do.
 """
 
 from __future__ import annotations
@@ -16,15 +20,22 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kaito_flows.containers.program import emit, run
 from kaito_flows.containers.tuner.image import METRICS, published, write_and_publish
 from kaito_flows.containers.tuner.job import TrainingConfig, TunerJob, read_config
+from kaito_flows.containers.tuner.launch import is_worker, launch, speak_through_launcher
 from kaito_flows.containers.tuner.memory import memory_errors
 from kaito_flows.containers.tuner.preemption import Preemption
-from kaito_flows.errors import UnprovenError, WeightsError, disk_errors
+from kaito_flows.errors import PreemptedError, UnprovenError, WeightsError, disk_errors
 from kaito_flows.oci.images import Image, open_image, read_file
+
+if TYPE_CHECKING:
+    from kaito_flows.containers.tuner.data import Dataset
+    from kaito_flows.containers.tuner.model import Adapted
+    from kaito_flows.containers.tuner.shipping import Shipping
+    from kaito_flows.containers.tuner.world import World
 
 preemption = Preemption()
 
@@ -32,55 +43,118 @@ preemption = Preemption()
 def main(job: TunerJob) -> dict[str, Any]:
     """Train, prove and publish, unless this job's adapter was published before; return the facts of the image."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if is_worker():
+        return _work(job)
     if (done := published(job)) is not None:
         _forget_checkpoints(job)
         metrics = json.loads(read_file(done, f"data/{METRICS}"))
         return {**_facts(done, metrics), "reused": True, "timings": {}}
+    # A wrong config is said before processes are started.
     config = read_config(job.config_file, job.method)
-    with memory_errors(config):
-        return _tune(job, config)
+    if job.nodes * job.processes > 1:
+        return launch(job)
+    from kaito_flows.containers.tuner.world import ALONE
+
+    return _tune(job, config, ALONE)
 
 
-def _tune(job: TunerJob, config: TrainingConfig) -> dict[str, Any]:
+def _work(job: TunerJob) -> dict[str, Any]:
+    """Be one of the processes of a training."""
+    from kaito_flows.containers.tuner.world import join
+
     _prepare_libraries()
+    emit("worker", rank=int(os.environ["RANK"]))
+    world = join(lambda: preemption.requested)
+    try:
+        facts = _tune(job, read_config(job.config_file, job.method), world)
+        world.leave()
+    except Exception as exc:
+        world.fail(exc)
+        raise
+    return facts
+
+
+def _tune(job: TunerJob, config: TrainingConfig, world: World) -> dict[str, Any]:
+    _prepare_libraries()
+    from kaito_flows.containers.tuner.shipping import Shipping
+
+    shipping = None
+    if job.checkpoints and world.first:
+        shipping = Shipping(job.checkpoints, job.identity, job.checkpoint_seconds)
+    try:
+        with memory_errors(config):
+            return _train_and_publish(job, config, world, shipping)
+    except PreemptedError:
+        if shipping:
+            shipping.finish(job.results / "checkpoints")
+        raise
+
+
+def _train_and_publish(
+    job: TunerJob, config: TrainingConfig, world: World, shipping: Shipping | None
+) -> dict[str, Any]:
     timings: dict[str, float] = {}
     with _stage("read the dataset", timings):
         from kaito_flows.containers.tuner import data
 
         source = open_image(job.dataset)
-        data.unpack(source, job.data)
+        if world.local_rank == 0:
+            data.unpack(source, job.data)
+        world.wait()
         dataset = data.load_dataset(job.data)
     with _stage("load the model", timings):
-        _check_weights(job.weights)
+        adapted = _load_model(job, config, dataset, world)
+    with _stage("train", timings):
         from kaito_flows.containers.tuner import model, training
 
-        base = model.load_base(job.weights, config)
-        vocabulary = base.get_input_embeddings().weight.shape[0]
-        for name, split in (("train", dataset.train), ("validation", dataset.validation)):
-            if split is not None:
-                split.check_against(vocabulary, model.context_length(base), place=f"{name}.safetensors")
-        adapted = model.adapt(base, job.model.id, config)
-    with _stage("train", timings):
-        state = training.train(adapted, dataset, config, job.identity, job.results, preemption)
+        state = training.train(
+            adapted, dataset, config, job.identity, job.results, preemption, world=world, shipping=shipping
+        )
     with _stage("prove", timings):
         adapter_facts = model.prove(adapted)
         before, after = (training.evaluation_at(state, step) for step in (0, state.step))
         _prove_better(before, after)
-    with _stage("publish", timings):
-        metrics = {
-            "evaluation": {"before": before, "after": after},
-            "training": training.training_facts(state, dataset, config.TrainingArguments),
-            "adapter": adapter_facts,
-            "history": state.history,
-        }
-        files = model.adapter_files(adapted)
-        image = write_and_publish(job, config, files, metrics, dataset.facts, source.digest)
-    timings["steps_seconds"] = round(state.seconds, 3)
-    timings["tokens_per_second"] = round(state.tokens / state.seconds, 1)
-    with disk_errors(job.results):
-        (job.results / "timings.json").write_text(json.dumps(timings, indent=1) + "\n")
-    _forget_checkpoints(job)
-    return {**_facts(image, metrics), "reused": False, "timings": timings}
+
+    def publish() -> dict[str, Any]:
+        with _stage("publish", timings):
+            metrics = {
+                "evaluation": {"before": before, "after": after},
+                "training": training.training_facts(state, dataset, config.TrainingArguments),
+                "adapter": adapter_facts,
+                "history": state.history,
+            }
+            files = model.adapter_files(adapted)
+            image = write_and_publish(job, config, files, metrics, dataset.facts, source.digest)
+        timings["steps_seconds"] = round(state.seconds, 3)
+        timings["tokens_per_second"] = round(state.tokens / state.seconds, 1)
+        with disk_errors(job.results):
+            (job.results / "timings.json").write_text(json.dumps(timings, indent=1) + "\n")
+        if shipping:
+            shipping.settle()
+        _forget_checkpoints(job)
+        return {**_facts(image, metrics), "reused": False, "timings": timings}
+
+    told: dict[str, Any] = world.tell("published", publish)
+    return told
+
+
+def _load_model(job: TunerJob, config: TrainingConfig, dataset: Dataset, world: World) -> Adapted:
+    from kaito_flows.containers.tuner import model
+
+    _check_weights(job.weights)
+    sharded = job.shard and world.size > 1
+    # What does not fit one GPU is divided on its way there.
+    base = model.load_base(job.weights, config, "cpu" if sharded else str(world.device))
+    vocabulary = base.get_input_embeddings().weight.shape[0]
+    for name, split in (("train", dataset.train), ("validation", dataset.validation)):
+        if split is not None:
+            split.check_against(vocabulary, model.context_length(base), place=f"{name}.safetensors")
+    adapted = model.adapt(base, job.model.id, config)
+    if not sharded:
+        return adapted
+    from kaito_flows.containers.tuner.sharding import shard
+
+    return shard(adapted, world)
 
 
 def _prepare_libraries() -> None:
@@ -127,9 +201,15 @@ def _facts(image: Image, metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _forget_checkpoints(job: TunerJob) -> None:
+    if job.checkpoints:
+        from kaito_flows.containers.tuner.shipping import forget
+
+        forget(job.checkpoints)
     shutil.rmtree(job.results / "checkpoints", ignore_errors=True)
 
 
 if __name__ == "__main__":
+    if is_worker():
+        speak_through_launcher()
     preemption.listen()
     run(main, TunerJob, sys.argv)

@@ -24,9 +24,10 @@ import torch
 
 from kaito_flows.containers.program import strict
 from kaito_flows.containers.tuner.model import Adapted
+from kaito_flows.containers.tuner.world import World
 from kaito_flows.errors import KaitoFlowsError, disk_errors
 
-__all__ = ["State", "load_newest", "save"]
+__all__ = ["ADAPTER", "OPTIMIZER", "STATE", "State", "load_newest", "name_of", "resume", "save"]
 
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
 _logger = logging.getLogger(__name__)
@@ -58,13 +59,18 @@ class _Saved:
     sha256: dict[str, str]
 
 
-def save(folder: Path, state: State, adapted: Adapted, optimizer: torch.optim.Optimizer, *, keep: int) -> None:
-    """Write a checkpoint under `folder`, then remove all but the newest `keep`.
+def name_of(step: int) -> str:
+    """Return the name of the folder with the checkpoint of that step."""
+    return f"step-{step:06d}"
+
+
+def save(folder: Path, state: State, adapted: Adapted, optimizer: torch.optim.Optimizer, *, keep: int) -> Path:
+    """Write a checkpoint under `folder`, then remove all but the newest `keep`; return its path.
 
     Raises:
         DiskFullError: no space left; the checkpoints before are still there.
     """
-    final = folder / f"step-{state.step:06d}"
+    final = folder / name_of(state.step)
     partial = folder / f".{final.name}"
     with disk_errors(folder):
         shutil.rmtree(partial, ignore_errors=True)
@@ -82,6 +88,22 @@ def save(folder: Path, state: State, adapted: Adapted, optimizer: torch.optim.Op
         _sync(folder)
     for old in sorted(folder.glob("step-*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def resume(state: State | None, adapted: Adapted, optimizer: torch.optim.Optimizer, world: World) -> State | None:
+    """Bring every process to where process 0 stands after `load_newest`, which the others did not call."""
+    told = world.tell("resume", lambda: asdict(state) if state else None)
+    world.copy(list(adapted.parameters.values()))
+    if told is None or world.size == 1:
+        return state
+    moments = world.tell(
+        "moments", lambda: {key: list(t.shape) for key, t in _optimizer_state(adapted, optimizer).items()}
+    )
+    if not world.first:
+        _restore(optimizer, adapted, {key: torch.zeros(shape) for key, shape in moments.items()})
+    world.copy(list(_optimizer_state(adapted, optimizer).values()))
+    return strict(State, told, place="resume")
 
 
 def load_newest(folder: Path, identity: str, adapted: Adapted, optimizer: torch.optim.Optimizer) -> State | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,13 @@ class Split:
             tokens=len(ids),
         )
 
-    def batches(self, rows: torch.Tensor, size: int, device: torch.device) -> Iterator[Batch]:
-        """Yield the rows, `size` at a time, in their order."""
+    def batches(self, rows: torch.Tensor, size: int, device: torch.device, *, at_least: int = 0) -> Iterator[Batch]:
+        """Yield the rows, `size` at a time, in their order; then batches without targets, up to `at_least` in all."""
         for start in range(0, len(rows), size):
             yield self.batch(rows[start : start + size], device)
+        for _ in range(-(-len(rows) // size), at_least):
+            some = self.batch(torch.tensor([0]), device)
+            yield replace(some, sources=some.sources[:0], labels=some.labels[:0], tokens=0)
 
     def check_against(self, vocabulary: int, context: int | None, *, place: str) -> None:
         """See that the model knows every token id, and has room for the longest document.
@@ -199,7 +202,7 @@ def unpack(image: Image, folder: Path) -> None:
         for old in (*folder.glob("*.safetensors"), *folder.glob("*.json")):
             old.unlink()
         try:
-            extract(image, partial)
+            extract(image, partial, only="data")
             for path in sorted(partial.glob("data/*")):
                 path.replace(folder / path.name)
         finally:

@@ -14,9 +14,8 @@ from typing import Any
 from kaito_flows import __version__
 from kaito_flows.containers.tuner.job import TrainingConfig, TunerJob
 from kaito_flows.errors import ImageError, disk_errors
-from kaito_flows.oci.images import Content, Image, build_image, open_image
-from kaito_flows.oci.layout import Layout
-from kaito_flows.oci.reference import LayoutReference
+from kaito_flows.oci.images import Content, Image, build_image, open_image, open_repository
+from kaito_flows.oci.reference import ImageName
 
 __all__ = ["IDENTITY", "METRICS", "AdapterFiles", "published", "write_and_publish"]
 
@@ -42,7 +41,7 @@ def published(job: TunerJob) -> Image | None:
         image = open_image(job.output)
     except ImageError:
         return None
-    return image if image.annotations.get(IDENTITY) == job.identity and image.layout.has(image.digest) else None
+    return image if image.annotations.get(IDENTITY) == job.identity and image.repository.has(image.digest) else None
 
 
 def write_and_publish(
@@ -65,6 +64,8 @@ def write_and_publish(
 
     Raises:
         DiskFullError: no space left.
+        AccessError: (`push-refused`) the registry says no.
+        RegistryError: the registry does not answer.
     """
     files = {
         WEIGHTS: adapter.weights,
@@ -89,8 +90,9 @@ def write_and_publish(
         "io.kaito-flows.method": job.method,
         "io.kaito-flows.tuner-version": __version__,
     }
-    output = LayoutReference.parse(job.output)
-    return build_image(Layout(output.path), [weights, {**inside, **tokenizer}], annotations=annotations, tag=output.tag)
+    tag = ImageName.parse_image(job.output).reference
+    layers = [weights, {**inside, **tokenizer}]
+    return build_image(open_repository(job.output), layers, annotations=annotations, tag=tag)
 
 
 _METHODS = {"lora": "LoRA", "qlora": "QLoRA"}

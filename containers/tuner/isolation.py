@@ -1,6 +1,6 @@
 """Documents that share a row must not see each other.
 
-Most models of transformers keep them apart by their position ids, which restart; some do not look (Falcon, in 5.23).
+Most models of transformers keep them apart by their position ids, which restart; some do not look (Falcon, up to 5.23).
 Nothing fails then: every document is silently trained on as if the ones before it were its beginning. So each model is
 tried, and those that need it are given a mask.
 """

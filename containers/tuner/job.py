@@ -24,6 +24,7 @@ __all__ = [
     "TrainingArguments",
     "TrainingConfig",
     "TunerJob",
+    "WorldConfig",
     "read_config",
 ]
 
@@ -43,8 +44,34 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class WorldConfig:
+    """How many processes train: `processes` on each of `nodes` machines, which meet at `rendezvous`, `host:port`.
+
+    The host is one of the machines. With one machine, no rendezvous is needed.
+    """
+
+    nodes: int
+    processes: int
+    rendezvous: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TunerJob:
     """The job file; `root` is `/` in a pod.
+
+    Args:
+        version: of this file's form.
+        workspace: whose adapter it is.
+        identity: of the run: what is trained from what and how.
+        root: what the paths below start from.
+        method: in how many bits the base model is.
+        model: the base model.
+        dataset: the image of the dataset.
+        output: the adapter's image.
+        checkpoints: the image under which checkpoints are kept in a registry, if they are.
+        checkpoint_seconds: how much time must lie between the beginnings of two pushes; 0: each checkpoint is pushed.
+        world: the processes, where there is more than one.
+        shard: whether the base model is divided among the processes, and not held by each of them whole.
 
     Raises:
         InputError: a value that cannot be used, with its key.
@@ -58,12 +85,34 @@ class TunerJob:
     model: Model
     dataset: str
     output: str
+    checkpoints: str | None = None
+    checkpoint_seconds: float = 0.0
+    world: WorldConfig | None = None
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[0-9a-f]{64}", self.identity):
             raise InputError("must be 64 hex digits", place="identity", code="invalid-job")
         if not self.root.is_absolute():
             raise InputError(f"{str(self.root)!r} is not an absolute path", place="root", code="invalid-job")
+        if not 0 <= self.checkpoint_seconds < float("inf"):
+            raise InputError("must not be negative", place="checkpoint_seconds", code="invalid-job")
+        if self.world is not None:
+            _check_world(self.world)
+        if self.shard and self.method == "qlora":
+            hint = "method lora can be; or a GPU that holds the model in 4 bits"
+            message = "a model in 4 bits cannot be divided among processes"
+            raise InputError(message, place="shard", hint=hint, code="shard-unsupported")
+
+    @property
+    def nodes(self) -> int:
+        """How many machines train."""
+        return self.world.nodes if self.world else 1
+
+    @property
+    def processes(self) -> int:
+        """How many processes train on each machine."""
+        return self.world.processes if self.world else 1
 
     @property
     def config_file(self) -> Path:
@@ -84,6 +133,18 @@ class TunerJob:
     def weights(self) -> Path:
         """The base model's folder."""
         return self.root / "workspace/weights"
+
+
+def _check_world(world: WorldConfig) -> None:
+    for key in ("nodes", "processes"):
+        if getattr(world, key) < 1:
+            raise InputError("must be at least 1", place=f"world.{key}", code="invalid-job")
+    if world.rendezvous is None:
+        if world.nodes > 1:
+            raise InputError("is required with several nodes", place="world.rendezvous", code="invalid-job")
+    elif not re.fullmatch(r"[^\s:]+:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5}", world.rendezvous):
+        message = f"{world.rendezvous!r} is not host:port"
+        raise InputError(message, place="world.rendezvous", code="invalid-job")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +184,10 @@ class LoraConfig:
 @dataclass(frozen=True, slots=True)
 class TrainingArguments:
     """The settings of the loop, as transformers names them.
+
+    `per_device_train_batch_size` times `gradient_accumulation_steps` are the rows of one optimizer step, however many
+    processes share them: with more GPUs the same training takes less time. The first of the two is also how many rows
+    go through a GPU at once.
 
     With `save_strategy: no` a checkpoint is still kept each `save_steps`: it is what a killed run goes on from, and is
     removed when the adapter is published.

@@ -18,6 +18,7 @@ from kaito_flows.containers.tuner.image import AdapterFiles
 from kaito_flows.containers.tuner.isolation import needs_mask
 from kaito_flows.containers.tuner.job import CONFIG_NAME, LoraConfig, QuantizationConfig, TrainingConfig
 from kaito_flows.containers.tuner.memory import is_out_of_memory
+from kaito_flows.containers.tuner.world import ALONE
 from kaito_flows.errors import ConfigError, UnprovenError, WeightsError
 
 __all__ = ["Adapted", "adapt", "adapter_files", "context_length", "load_base", "prove"]
@@ -34,7 +35,7 @@ class Adapted:
 
     `model` is the causal language model with the adapters in it, `peft` is PEFT's wrapper of it, `parameters` are those
     that are trained (float32), by name, `matched` are the modules that each target found, and `masked` says whether the
-    model needs a mask to keep documents in one row apart.
+    model needs a mask to keep documents in one row apart. When it is `sharded`, each process holds a part of the base.
     """
 
     model: Any
@@ -43,16 +44,17 @@ class Adapted:
     matched: dict[str, tuple[str, ...]]
     masked: bool
     device: torch.device
+    sharded: bool = False
 
 
-def load_base(folder: Path, config: TrainingConfig) -> Any:
-    """Load the base model in the config's type onto the GPU, or the CPU when there is none.
+def load_base(folder: Path, config: TrainingConfig, device: str | None = None) -> Any:
+    """Load the base model in the config's type onto the device: by default the GPU, or the CPU when there is none.
 
     Raises:
         WeightsError: (code `weights-unreadable`) it does not load, or lacks tensors.
     """
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call,unused-ignore]
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    device = device or str(ALONE.device)
     try:
         settings = _AutoConfig.from_pretrained(folder, local_files_only=True)
         model, report = _AutoModel.from_pretrained(

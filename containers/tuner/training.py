@@ -5,6 +5,10 @@
 
 Each step is a function of the adapter, the optimizer's moments and the step's number: rows, learning rate and random
 numbers (dropout) all come from the number. So a run that was killed ends with the same bytes as one that was not.
+
+Several processes (`world`) share the rows of each step, and end it with the same adapter, since they add up gradients
+and counts: the loss curve is that of one process, but for rounding. Dropout's masks are drawn by each process for its
+own rows, so that with dropout another number of processes sees other masks. All stop after the same step.
 """
 
 from __future__ import annotations
@@ -25,12 +29,14 @@ from kaito_flows.containers.program import emit
 from kaito_flows.containers.tuner import checkpoint
 from kaito_flows.containers.tuner.checkpoint import State
 from kaito_flows.containers.tuner.data import Batch, Dataset, epoch_order
-from kaito_flows.containers.tuner.evaluation import evaluate
+from kaito_flows.containers.tuner.evaluation import batches_of, evaluate
 from kaito_flows.containers.tuner.job import TrainingArguments, TrainingConfig
 from kaito_flows.containers.tuner.loss import loss_sum
 from kaito_flows.containers.tuner.model import Adapted
 from kaito_flows.containers.tuner.preemption import Preemption
 from kaito_flows.containers.tuner.schedule import learning_rate, steps_in_all
+from kaito_flows.containers.tuner.shipping import Shipping
+from kaito_flows.containers.tuner.world import ALONE, World
 from kaito_flows.errors import DivergedError, PreemptedError, disk_errors
 
 __all__ = ["evaluation_at", "train", "training_facts"]
@@ -40,14 +46,34 @@ RECENT = 20
 
 
 def train(
-    adapted: Adapted, dataset: Dataset, config: TrainingConfig, identity: str, results: Path, preemption: Preemption
+    adapted: Adapted,
+    dataset: Dataset,
+    config: TrainingConfig,
+    identity: str,
+    results: Path,
+    preemption: Preemption,
+    *,
+    world: World = ALONE,
+    shipping: Shipping | None = None,
 ) -> State:
     """Train the adapter to the end, and return what there is to tell of it.
+
+    Args:
+        adapted: the model with its adapter.
+        dataset: what it learns, and what it is measured on.
+        config: how.
+        identity: of the run: only its own checkpoints are gone on from.
+        results: where checkpoints and the history are written.
+        preemption: whether SIGTERM came.
+        world: the processes that train it together.
+        shipping: where checkpoints are kept beside `results`; only process 0 needs it.
 
     Raises:
         DivergedError: the loss or a gradient is no longer finite; the last checkpoint stays.
         PreemptedError: SIGTERM came; a checkpoint was saved.
         DiskFullError: no space left for a checkpoint.
+        RegistryError: whether there is a checkpoint in the registry cannot be seen.
+        KilledError: (code `peer-lost`) another process is gone.
     """
     arguments = config.TrainingArguments
     rows = len(dataset.train)
@@ -66,29 +92,41 @@ def train(
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined,unused-ignore]
 
     checkpoints = results / "checkpoints"
-    found = checkpoint.load_newest(checkpoints, identity, adapted, optimizer)
+    found = None
+    if world.first:
+        found = checkpoint.load_newest(checkpoints, identity, adapted, optimizer)
+        if shipping and shipping.fetch(checkpoints, newer_than=found.step if found else 0):
+            found = checkpoint.load_newest(checkpoints, identity, adapted, optimizer)
+    found = checkpoint.resume(found, adapted, optimizer, world)
     state = found or State(identity)
     saved_step = state.step
     history = results / "history.jsonl"
-    with disk_errors(results):
-        results.mkdir(parents=True, exist_ok=True)
-        history.write_text("".join(_line(entry) for entry in state.history), encoding="utf-8")
+    if world.first:
+        with disk_errors(results):
+            results.mkdir(parents=True, exist_ok=True)
+            history.write_text("".join(_line(entry) for entry in state.history), encoding="utf-8")
     if found:
         emit("resumed", step=state.step)
 
     def remember(event: str, facts: dict[str, Any], **shown: Any) -> None:
         state.history.append({"event": event, **facts})
-        with disk_errors(results), history.open("a", encoding="utf-8") as out:
-            out.write(_line(state.history[-1]))
-        emit(event, **facts, **shown)
+        if world.first:
+            with disk_errors(results), history.open("a", encoding="utf-8") as out:
+                out.write(_line(state.history[-1]))
+            emit(event, **facts, **shown)
 
     def save() -> None:
         nonlocal saved_step
+        saved_step = state.step
+        if not world.first:
+            return
         # The pipeline's own checkpoint, which `save_strategy: no` does not mean, need not be more than one.
         keep = 1 if arguments.save_strategy == "no" else arguments.save_total_limit
-        checkpoint.save(checkpoints, state, adapted, optimizer, keep=keep)
-        saved_step = state.step
+        path = checkpoint.save(checkpoints, state, adapted, optimizer, keep=keep)
         emit("checkpoint", step=state.step)
+        # After the last step comes the adapter itself.
+        if shipping and state.step < total and not preemption.requested:
+            shipping.offer(path, state.step)
 
     def stop() -> PreemptedError:
         if state.step > saved_step:
@@ -116,9 +154,8 @@ def train(
     while True:
         if dataset.validation and evaluation_due(state.step) and evaluation_at(state, state.step) is None:
             begun = time.monotonic()
-            measured = evaluate(
-                adapted, dataset.validation, arguments.per_device_eval_batch_size, stop=lambda: preemption.requested
-            )
+            batch_size = arguments.per_device_eval_batch_size
+            measured = evaluate(adapted, dataset.validation, batch_size, stop=lambda: preemption.requested, world=world)
             if measured is None:
                 raise stop()
             if not math.isfinite(measured.loss):
@@ -135,15 +172,17 @@ def train(
         rate = learning_rate(arguments, state.step, total)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(_step_seed(arguments.seed, state.step))
+        torch.manual_seed(_step_seed(arguments.seed, state.step, world.rank))
 
-        losses, tokens, targets = [], 0, 0
-        for batch in dataset.train.batches(chosen, arguments.per_device_train_batch_size, adapted.device):
-            if preemption.requested:
+        summed, tokens, targets = torch.zeros((), device=adapted.device), 0, 0
+        for batch in batches_of(adapted, dataset.train, chosen, arguments.per_device_train_batch_size, world):
+            if preemption.requested and world.size == 1:
                 raise stop()
-            losses.append(_backward(adapted, batch))
+            summed += _backward(adapted, batch)
             tokens, targets = tokens + batch.tokens, targets + batch.targets
-        loss, norm = _finish_gradients(adapted, losses, targets, arguments)
+        counted = world.totals(tokens, targets, preemption.requested)
+        tokens, targets, stopping = int(counted[0]), int(counted[1]), counted[2] > 0
+        loss, norm = _finish_gradients(adapted, summed, targets, arguments, world)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"loss is {loss}, gradient norm {norm}"
             raise _diverged(what, state.step + 1, total, saved_step)
@@ -176,6 +215,8 @@ def train(
             state.window_loss, state.window_targets = 0.0, 0
             remember("progress", facts, total=total, tokens_per_second=speed, eta_seconds=round(left, 1))
             window_tokens, window_seconds = 0, 0.0
+        if stopping and world.size > 1:
+            raise stop()
         if checkpoint_due(state.step):
             save()
 
@@ -191,15 +232,20 @@ def _backward(adapted: Adapted, batch: Batch) -> torch.Tensor:
 
 
 def _finish_gradients(
-    adapted: Adapted, losses: list[torch.Tensor], targets: int, arguments: TrainingArguments
+    adapted: Adapted, summed: torch.Tensor, targets: int, arguments: TrainingArguments, world: World
 ) -> tuple[float, float]:
     """Turn summed gradients into the mean over the step's targets, clipped; return the mean loss and the norm."""
+    if world.size > 1:
+        for parameter in adapted.parameters.values():
+            # Where a step has fewer rows than there are processes, some have none.
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     gradients = [p.grad for p in adapted.parameters.values() if p.grad is not None]
+    world.add([*gradients, summed])
     norm = torch.nn.utils.get_total_norm(gradients) / targets
     limit = arguments.max_grad_norm
     scale = torch.clamp(limit / (norm + 1e-6), max=1.0) / targets if limit else torch.ones_like(norm) / targets
     torch._foreach_mul_(gradients, scale)
-    loss, measured = torch.stack([torch.stack(losses).sum() / targets, norm]).tolist()
+    loss, measured = torch.stack([summed / targets, norm]).tolist()
     return loss, measured
 
 
@@ -224,9 +270,10 @@ def training_facts(state: State, dataset: Dataset, arguments: TrainingArguments)
     }
 
 
-def _step_seed(seed: int, step: int) -> int:
+def _step_seed(seed: int, step: int, rank: int) -> int:
     # Seeds that are near to each other would give streams that are.
-    return int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:8], "big")
+    text = f"{seed}:{step}:{rank}" if rank else f"{seed}:{step}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _diverged(what: str, step: int, total: int, saved_step: int) -> DivergedError:

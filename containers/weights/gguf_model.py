@@ -44,8 +44,8 @@ PRE_TOKENIZERS = {"smollm": True, "gpt-2": False}
 CONTROL = 3
 
 
-def write_gguf_model(path: Path, folder: Path) -> None:
-    """Write the model in the GGUF file `path` into `folder`: weights in bfloat16, configuration, tokenizer.
+def write_gguf_model(path: Path, folder: Path, *, tensors: bool = True) -> None:
+    """Write the model in the GGUF file `path` into `folder`: configuration, tokenizer and, if asked, bfloat16 weights.
 
     Raises:
         WeightsError: (code `weights-unreadable`) not a GGUF file; (code `weights-unsupported`) another architecture
@@ -62,16 +62,17 @@ def write_gguf_model(path: Path, folder: Path) -> None:
         raise facts.unsupported(f"architecture {facts['general.architecture']!r}; only 'llama' can be converted")
     tokenizer = _tokenizer(facts)
     config = _config(facts, tokenizer)
-    tensors = [_tensor(raw, config, facts) for raw in reader.tensors]
-    tied = all(tensor.name != "lm_head.weight" for tensor in tensors)
+    found = [_tensor(raw, config, facts) for raw in reader.tensors]
+    tied = all(tensor.name != "lm_head.weight" for tensor in found)
     expected = 9 * config["num_hidden_layers"] + (2 if tied else 3)
-    if len({tensor.name for tensor in tensors}) != expected:
-        raise facts.unsupported(f"{len(tensors)} tensors, where a Llama of this shape has {expected}")
+    if len({tensor.name for tensor in found}) != expected:
+        raise facts.unsupported(f"{len(found)} tensors, where a Llama of this shape has {expected}")
     write_json(folder / "config.json", {**config, "tie_word_embeddings": tied})
     ids = {f"{name}_token_id": config[f"{name}_token_id"] for name in ("bos", "eos", "pad")}
     write_json(folder / "generation_config.json", ids)
     tokenizer.write(folder)
-    write_bfloat16(folder / "model.safetensors", tensors)
+    if tensors:
+        write_bfloat16(folder / "model.safetensors", found)
 
 
 class _Facts:

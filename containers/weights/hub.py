@@ -9,18 +9,22 @@ from pathlib import Path
 from kaito_flows.containers.weights.job import HubSource
 from kaito_flows.errors import WeightsError
 
-__all__ = ["fetch_snapshot"]
+__all__ = ["TENSORS", "UNWANTED", "WANTED", "fetch_snapshot"]
 
-WANTED = ["*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "*.jinja", "vocab.*", "merges.txt"]
-WANTED += ["special_tokens_map.json", "added_tokens.json", "LICENSE*"]
+TENSORS = ["*.safetensors", "*.safetensors.index.json"]
+WANTED = ["*config.json", "tokenizer*", "*.jinja", "vocab.*", "merges.txt", "special_tokens_map.json"]
+WANTED += ["added_tokens.json", "LICENSE*"]
+TOKEN_FILE = Path("/var/run/secrets/kaito-flows/huggingface/HF_TOKEN")
+"""Where pods have their Secret with the token mounted."""
 # Pickles under names that the patterns above would let in, Python code, and copies in other formats below folders.
 UNWANTED = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.py", "*/*"]
 
 
-def fetch_snapshot(source: HubSource, cache: Path, folder: Path) -> None:
+def fetch_snapshot(source: HubSource, cache: Path, folder: Path, *, tensors: bool = True) -> None:
     """Put the repository's model files into `folder`; downloads are kept in `cache` and go on where they broke off.
 
-    `HF_ENDPOINT`, `HF_TOKEN` and the proxy settings of the environment hold.
+    `HF_ENDPOINT`, `HF_TOKEN` and the proxy settings of the environment hold; without `HF_TOKEN`, the token in a pod's
+    Secret. Without `tensors`, the weights themselves are left out.
 
     Raises:
         WeightsError: (code `weights-not-found`) no such repository or revision; (code `weights-gated`) its terms are
@@ -42,8 +46,9 @@ def fetch_snapshot(source: HubSource, cache: Path, folder: Path) -> None:
             source.repo,
             revision=source.revision,
             cache_dir=cache / "hub",
-            allow_patterns=WANTED,
+            allow_patterns=WANTED + (TENSORS if tensors else []),
             ignore_patterns=UNWANTED,
+            token=_token(),
         )
     except GatedRepoError as exc:
         raise WeightsError(
@@ -69,9 +74,17 @@ def fetch_snapshot(source: HubSource, cache: Path, folder: Path) -> None:
             hint="check the network, set HF_ENDPOINT to a mirror, or put the model's folder on a volume",
             code="weights-unreachable",
         ) from exc
+    # Of a download before, the tensors may lie there too.
     for path in Path(snapshot).iterdir():
-        if path.is_file():
+        if path.is_file() and (tensors or path.suffix != ".safetensors"):
             _link(path.resolve(), folder / path.name)
+
+
+def _token() -> str | None:
+    """The token in the pod's Secret, unless the environment has one; None leaves it to the Hub's client."""
+    if os.environ.get("HF_TOKEN") or not TOKEN_FILE.is_file():
+        return None
+    return TOKEN_FILE.read_text(encoding="utf-8").strip() or None
 
 
 def _cause(exc: BaseException) -> str:

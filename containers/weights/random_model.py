@@ -42,8 +42,8 @@ class TokenizerRecipe:
     chat_template: str
 
 
-def write_random_model(source: RandomSource, folder: Path) -> None:
-    """Write configuration, weights (bfloat16) and tokenizer into `folder`; the same source gives the same bytes.
+def write_random_model(source: RandomSource, folder: Path, *, tensors: bool = True) -> None:
+    """Write configuration, tokenizer and, if asked, bfloat16 weights; the same source gives the same bytes.
 
     Raises:
         WeightsError: (code `weights-unsupported`) not a Phi-3; or a configuration that does not fit the tokenizer.
@@ -56,7 +56,8 @@ def write_random_model(source: RandomSource, folder: Path) -> None:
     generation = {name: config[name] for name in ("bos_token_id", "pad_token_id")}
     write_json(folder / "generation_config.json", {**generation, "eos_token_id": sorted(set(end))})
     tokenizer.write(folder)
-    write_bfloat16(folder / "model.safetensors", _tensors(config, source.seed))
+    if tensors:
+        write_bfloat16(folder / "model.safetensors", _tensors(config, source.seed))
 
 
 def _tokenizer(recipe: TokenizerRecipe, config: dict[str, Any]) -> ByteLevelTokenizer:

@@ -19,8 +19,12 @@ from __future__ import annotations
 import errno, os, subprocess, sys
 from dataclasses import dataclass
 from typing import Any, Literal
+from pathlib import Path
+from kaito_flows.containers import program
 from kaito_flows.containers.program import emit, run
 from kaito_flows.errors import ConfigError
+
+program.TERMINATION_LOG = Path(os.environ.get("TEST_TERMINATION_LOG", "/nowhere"))
 
 @dataclass(frozen=True)
 class Part:
@@ -43,6 +47,10 @@ def main(job: Job) -> dict[str, Any]:
         print("from Python")
         os.write(1, b"from C\\n")
         subprocess.run(["echo", "from a child"], check=True)
+    elif job.do == "talk":
+        return {"image": "oci:x", "history": ["ß" * 20] * 1000, "message": "m" * 3000}
+    elif job.do == "complain":
+        raise ConfigError("ß" * 10000, place="here", hint="do that")
     elif job.do == "refuse":
         raise ConfigError("two\\nlines", place="here", hint="do that") from ValueError("the cause")
     elif job.do == "crash":
@@ -104,6 +112,45 @@ def test_an_error_is_one_line_and_the_exit_code_of_its_class(program: Path) -> N
     said = {"code": "invalid-training-config", "place": "here", "message": "two lines", "hint": "do that"}
     assert events[-1] == {"event": "failed", **said}
     assert "ValueError: the cause" in stderr
+
+
+@pytest.mark.parametrize("do", ["nothing", "refuse", "crash"])
+def test_the_last_event_is_left_where_kubernetes_looks_for_it(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, do: str
+) -> None:
+    log = tmp_path / "termination-log"
+    log.touch()
+    monkeypatch.setenv("TEST_TERMINATION_LOG", str(log))
+    _, events, _ = run(program, {**JOB, "do": do})
+    assert json.loads(log.read_bytes()) == events[-1]
+
+
+@pytest.mark.parametrize("do", ["talk", "complain"])
+def test_last_words_are_shortened_to_what_kubernetes_keeps(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, do: str
+) -> None:
+    log = tmp_path / "termination-log"
+    log.touch()
+    monkeypatch.setenv("TEST_TERMINATION_LOG", str(log))
+    _, events, _ = run(program, {**JOB, "do": do})
+    kept = json.loads(log.read_bytes())
+    assert len(log.read_bytes()) <= 4096
+    assert kept["event"] == events[-1]["event"]
+    if do == "talk":
+        assert (kept["image"], kept["left_out"]) == ("oci:x", True)
+    else:
+        assert kept["message"].startswith("ßßß")
+        assert (kept["code"], kept["hint"]) == ("invalid-training-config", "do that")
+
+
+def test_a_termination_log_that_is_missing_or_cannot_be_written_changes_nothing(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in (tmp_path / "none", tmp_path):
+        monkeypatch.setenv("TEST_TERMINATION_LOG", str(place))
+        code, events, _ = run(program, JOB)
+        assert (code, events[-1]["event"]) == (0, "completed")
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_unknown_exception_is_a_failure_with_its_traceback_in_the_log(program: Path) -> None:

@@ -216,7 +216,7 @@ class Running:
     process: subprocess.Popen[str]
     events: list[dict[str, Any]] = field(default_factory=list)
 
-    def lines(self, timeout: float = 90) -> Iterator[dict[str, Any]]:
+    def lines(self, timeout: float = 240) -> Iterator[dict[str, Any]]:
         """Yield events as they come."""
         assert self.process.stdout is not None
         deadline = time.monotonic() + timeout

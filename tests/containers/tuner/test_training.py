@@ -91,7 +91,8 @@ def test_packed_documents_do_not_see_each_other_and_only_answers_are_learned(
     with torch.no_grad():
         masked = needs_mask(model, kind)
         packed = float(loss_sum(model, dataset.train.batch(torch.tensor(rows), CPU), masked=masked))
-    assert masked == (kind == "falcon")
+    # Falcon needed one up to transformers 5.23.
+    assert not masked or kind == "falcon"
     assert packed == pytest.approx(reference_loss(model, dataset.train, rows), rel=1e-5)
 
 

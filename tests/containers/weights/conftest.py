@@ -12,7 +12,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,12 @@ class Outcome:
         return self.events[-1]
 
 
-def _run_weights(root: Path, source: dict[str, Any], cache: Path, **env: str) -> Outcome:
+def _run_weights(
+    root: Path, source: dict[str, Any], cache: Path, job_keys: dict[str, Any] | None = None, **env: str
+) -> Outcome:
     job = root.parent / f"{root.name}.json"
-    job.write_text(json.dumps({"version": 1, "root": str(root), "cache": str(cache), "source": source}))
+    facts = {"version": 1, "root": str(root), "cache": str(cache), "source": source, **(job_keys or {})}
+    job.write_text(json.dumps(facts))
     command = [sys.executable, "-m", "kaito_flows.containers.weights", str(job)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, timeout=300)
     return Outcome(done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr)
@@ -197,6 +200,7 @@ class Hub:
     files: dict[str, bytes]
     asked: list[str]
     gated: bool = False
+    tokens: list[str | None] = field(default_factory=list)
 
     @property
     def env(self) -> dict[str, str]:
@@ -216,6 +220,7 @@ def hub() -> Iterator[Hub]:
         def do_GET(self) -> None:
             path = self.path.split("?")[0]
             state.asked.append(path)
+            state.tokens.append(self.headers["Authorization"])
             if path == "/api/models/org/model/revision/main":
                 siblings = [{"rfilename": name} for name in state.files]
                 self._json({"id": "org/model", "sha": COMMIT, "siblings": siblings})

@@ -309,4 +309,5 @@ def test_a_volume_mounted_at_the_folder_is_filled(tmp_path: Path, source_of: Sou
     assert json.loads(done.stdout.splitlines()[-1])["event"] == "completed"
     there = done.stderr.split()
     assert {"model.safetensors", "tokenizer.json", "source.json"} <= set(there)
-    assert not [name for name in there if name.startswith(".weights-")]
+    assert [name for name in there if name.startswith(".weights-")] == [".weights-lock"]
+    assert ".weights-lock" not in json.loads(done.stdout.splitlines()[-1])["files"]
