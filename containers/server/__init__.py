@@ -2,7 +2,8 @@
 
 __main__.py   the program: binds the port, loads the model in the background, serves until SIGTERM
 job.py        what the job file says
-inputs.py     the port, the weights folder and the adapter images, checked before the model is loaded
+config.py     what KAITO's inference_config.yaml says
+inputs.py     the port, the weights folder and the adapters, checked before the model is loaded
 engine.py     the model with its adapters, and generation (the only module that needs torch)
 text.py       tokens into text, piece by piece, with stop strings
 worker.py     the one thread that generates, the line before it, and a request's view of its answer

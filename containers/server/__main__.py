@@ -1,9 +1,11 @@
 """`python -m kaito_flows.containers.server JOB.json`: serve a model and its adapters until SIGTERM.
 
-    check the port, the weights and the images ─► listen (/health says 503) ─► load in the background ─► "serving"
+    check the port, weights, config and adapters ─► listen (/health says 503) ─► load in the background ─► "serving"
 
-Exit codes: 0 after SIGTERM, else those of `kaito_flows.errors`: 2 the job file, 12 weights, 13 memory, 17 an adapter
-image, 18 the port.
+SIGTERM: what is asked is answered for `grace_seconds` more, and each answer closes its connection, so that who asks
+again finds another replica. It ends earlier when nobody has asked for a second, or nobody is connected. Exit codes: 0
+after SIGTERM, else those of `kaito_flows.errors`: 2 the job file, 10 `inference_config.yaml`, 12 weights, 13 memory, 17
+an adapter, 18 the port.
 """
 
 from __future__ import annotations
@@ -23,15 +25,15 @@ import uvicorn
 
 from kaito_flows.containers.program import emit, run
 from kaito_flows.containers.server.app import Service, make_app
+from kaito_flows.containers.server.config import InferenceConfig, read_config
 from kaito_flows.containers.server.inputs import check_adapter, check_weights, listen, unpack_adapter
-from kaito_flows.containers.server.job import ServerJob
+from kaito_flows.containers.server.job import COMBINED, ServerJob
 from kaito_flows.containers.server.worker import Worker
 
 if TYPE_CHECKING:
     from kaito_flows.containers.server.engine import Engine
 
-# Seconds for the running answer after SIGTERM, and then for the connections to close.
-GRACE = 4.0
+# Seconds for the connections to close, when the last answer is made.
 CLOSING = 2
 
 
@@ -42,12 +44,13 @@ def main(job: ServerJob) -> dict[str, Any]:
     listener = listen(job.host, job.port)
     with contextlib.closing(listener):
         check_weights(job)
+        inference = read_config(job)
         for adapter in job.adapters:
-            check_adapter(adapter)
-        return asyncio.run(_serve(job, listener))
+            check_adapter(job, adapter)
+        return asyncio.run(_serve(job, inference, listener))
 
 
-async def _serve(job: ServerJob, listener: socket.socket) -> dict[str, Any]:
+async def _serve(job: ServerJob, inference: InferenceConfig, listener: socket.socket) -> dict[str, Any]:
     service = Service(job)
     config = uvicorn.Config(
         make_app(service), log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=CLOSING
@@ -56,8 +59,10 @@ async def _serve(job: ServerJob, listener: socket.socket) -> dict[str, Any]:
     stopping: list[asyncio.Task[None]] = []
 
     async def stop() -> None:
+        service.draining = True
         if service.worker is not None:
-            await service.worker.stop(GRACE)
+            emit("stage", name="drain")
+            await service.worker.stop(job.grace_seconds, lambda: bool(server.server_state.connections))
         server.should_exit = True
 
     def on_signal() -> None:
@@ -69,7 +74,7 @@ async def _serve(job: ServerJob, listener: socket.socket) -> dict[str, Any]:
         loop.add_signal_handler(number, on_signal)
     host, port = listener.getsockname()[:2]
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    loaded = _in_background(job)
+    loaded = _in_background(job, inference)
     either: set[asyncio.Future[Any]] = {serving, loaded}
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if loaded.done() and not stopping:
@@ -94,26 +99,34 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _load(job: ServerJob) -> Engine:
+def _load(job: ServerJob, inference: InferenceConfig) -> Engine:
     """Load the base and its adapters; blocks for seconds to minutes."""
-    if job.adapters:
+    if any(adapter.image for adapter in job.adapters):
         emit("stage", name="unpack adapters")
-    folders = {adapter.name: unpack_adapter(job, adapter) for adapter in job.adapters}
+    folders = [unpack_adapter(job, adapter) for adapter in job.adapters]
     emit("stage", name="load model")
     from kaito_flows.containers.server.engine import Engine  # torch: seconds, in which the port answers already
 
-    engine = Engine.load(job.weights, name=job.model.preset, torch_dtype=job.torch_dtype, quantization=job.quantization)
+    engine = Engine.load(
+        job.weights,
+        name=job.model.preset,
+        torch_dtype=inference.torch_dtype or job.torch_dtype,
+        quantization=job.quantization,
+        max_model_len=inference.max_model_len,
+    )
     if folders:
         emit("stage", name="load adapters")
-    for name, folder in folders.items():
-        engine.add_adapter(name, folder)
+    for adapter, folder in zip(job.adapters, folders, strict=True):
+        engine.add_adapter(adapter.name, folder, strength=1.0 if adapter.strength is None else adapter.strength)
+    if job.combined:
+        engine.combine(COMBINED, job.combined)
     return engine
 
 
 LOADER = "model loader"
 
 
-def _in_background(job: ServerJob) -> asyncio.Future[Engine]:
+def _in_background(job: ServerJob, inference: InferenceConfig) -> asyncio.Future[Engine]:
     """Load in a daemon thread: a SIGTERM meanwhile must not wait for it."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Engine] = loop.create_future()
@@ -129,7 +142,7 @@ def _in_background(job: ServerJob) -> asyncio.Future[Engine]:
     def load() -> None:
         engine, error = None, None
         try:
-            engine = _load(job)
+            engine = _load(job, inference)
         except BaseException as exc:  # noqa: BLE001 - it is raised again on the event loop
             error = exc
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more

@@ -26,11 +26,18 @@ class Service:
 
     def __init__(self, job: ServerJob) -> None:
         self.job = job
-        self.images = {adapter.name: adapter.image for adapter in job.adapters}
         self.metrics = ServerMetrics()
         self.worker: Worker | None = None
+        self.draining = False
         self.created = int(time.time())
         self._started = time.monotonic()
+
+    def origin(self, name: str) -> str:
+        """What is served under a name: the base's id, an adapter's image or folder, or what the combined one is of."""
+        adapter = next((adapter for adapter in self.job.adapters if adapter.name == name), None)
+        if adapter is not None:
+            return adapter.image or str(self.job.adapter_folder(name))
+        return self.job.model.id if name == self.job.model.preset else "+".join(self.job.combined)
 
     def start(self, worker: Worker) -> None:
         """The model is loaded: answer from now on."""
@@ -50,7 +57,7 @@ def make_app(service: Service) -> FastAPI:
     """Return the application; `service.worker` may come later."""
     app = FastAPI(title="kaito-flows inference", version="1", openapi_url="/openapi.json", redoc_url=None)
     app.state.service = service
-    app.add_middleware(Gate, metrics=service.metrics)
+    app.add_middleware(Gate, metrics=service.metrics, draining=lambda: service.draining)
     app.include_router(kaito.router)
     app.include_router(openai.router)
     app.add_exception_handler(Refusal, _refused)

@@ -21,6 +21,7 @@ import jinja2
 import safetensors
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -78,7 +79,9 @@ class Engine:
         self.base_name = base_name
         self._base = model
         self._peft: PeftModel | None = None
-        self._adapters: dict[str, str] = {}
+        # Under each name, the adapters that are active at once: one, or those that are combined.
+        self._adapters: dict[str, list[str]] = {}
+        self._default = base_name
         self._encoder, self._decoder = tokenizers
         self._encoding = threading.Lock()
         config = model.config.get_text_config()
@@ -95,9 +98,15 @@ class Engine:
 
     @classmethod
     def load(
-        cls, weights: Path, *, name: str, torch_dtype: str, quantization: Mapping[str, Any] | None = None
+        cls,
+        weights: Path,
+        *,
+        name: str,
+        torch_dtype: str,
+        quantization: Mapping[str, Any] | None = None,
+        max_model_len: int | None = None,
     ) -> Engine:
-        """Load the base model and its tokenizer from a Hugging Face folder.
+        """Load the base model and its tokenizer from a Hugging Face folder; `max_model_len` shortens its context.
 
         Raises:
             WeightsError: (code `weights-unreadable`) they cannot be read, or parts are missing.
@@ -131,10 +140,12 @@ class Engine:
         model.eval()
         defaults_file = weights / "generation_config.json"
         defaults = json.loads(defaults_file.read_text(encoding="utf-8")) if defaults_file.is_file() else {}
-        return cls(name, model, (tokenizers[0], tokenizers[1]), defaults)
+        engine = cls(name, model, (tokenizers[0], tokenizers[1]), defaults)
+        engine.context_length = min(engine.context_length, max_model_len or engine.context_length)
+        return engine
 
-    def add_adapter(self, name: str, folder: Path) -> None:
-        """Put a LoRA adapter beside the base, under the name that requests give.
+    def add_adapter(self, name: str, folder: Path, *, strength: float = 1.0) -> None:
+        """Put a LoRA adapter beside the base, under the name that requests give; `strength` scales what it adds.
 
         Raises:
             ImageError: (code `adapter-misfit`) it was made for another base; (code `adapter-unreadable`).
@@ -163,8 +174,23 @@ class Engine:
                 place=str(folder),
                 code="adapter-unreadable",
             )
+        if strength != 1:
+            for module in self._peft.modules():
+                if isinstance(module, LoraLayer):
+                    module.set_scale(inner, strength)
         self._peft.eval()
-        self._adapters[name] = inner
+        if self._default == self.base_name:
+            self._default = name
+        self._adapters[name] = [inner]
+
+    def combine(self, name: str, adapters: Sequence[str]) -> None:
+        """Answer as `name` with these adapters at once: the base and the sum of what each adds, by its strength.
+
+        It is the model of a request that names none, as in KAITO. KAITO's own sum goes through a singular value
+        decomposition, which keeps the rank of the adapters and loses the rest; this one is exact.
+        """
+        self._adapters[name] = [inner for adapter in adapters for inner in self._adapters[adapter]]
+        self._default = name
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -173,8 +199,8 @@ class Engine:
 
     @property
     def default_name(self) -> str:
-        """The model of a request that names none: the first adapter, else the base."""
-        return next(iter(self._adapters), self.base_name)
+        """The model of a request that names none: the combined one, the first adapter, or the base."""
+        return self._default
 
     def encode(self, text: str) -> tuple[int, ...]:
         """The tokens of a raw prompt, with those that the tokenizer puts around any text."""
@@ -282,7 +308,8 @@ class Engine:
         if name == self.base_name:
             disabled: AbstractContextManager[Any] = self._peft.disable_adapter()
             return disabled
-        self._peft.set_adapter(self._adapters[name], inference_mode=True)
+        tuner: Any = self._peft.base_model  # takes several at once; PeftModel's own method takes one
+        tuner.set_adapter(self._adapters[name], inference_mode=True)
         return nullcontext()
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
+from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -31,11 +33,15 @@ def set_model(scope: Any, name: str) -> None:
 
 
 class Gate:
-    """ASGI middleware: refuses bodies over `MAX_BODY_BYTES`, measures and logs each request."""
+    """ASGI middleware: refuses bodies over `MAX_BODY_BYTES`, measures and logs each request.
 
-    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
+    While `draining()`, each answer is the last one of its connection.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics, draining: Callable[[], bool] = lambda: False) -> None:
         self.app = app
         self.metrics = metrics
+        self.draining = draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -48,6 +54,8 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if self.draining():
+                    MutableHeaders(scope=message)["connection"] = "close"
             await send(message)
 
         with self.metrics.in_flight.track_inprogress():

@@ -1,4 +1,4 @@
-"""What the server needs before it loads a model: its port, the weights folder, the adapter images."""
+"""What the server needs before it loads a model: its port, the weights folder, the adapters in images or folders."""
 
 from __future__ import annotations
 
@@ -67,35 +67,54 @@ def check_weights(job: ServerJob) -> None:
         raise WeightsError("no *.safetensors", place=str(folder), hint=hint, code="weights-missing")
 
 
-def check_adapter(adapter: Adapter) -> None:
-    """See that the image is there, and that it holds a LoRA adapter in safetensors form.
+def check_adapter(job: ServerJob, adapter: Adapter) -> None:
+    """See that the image or the folder is there, and that it holds a LoRA adapter in safetensors form.
 
     Raises:
         ImageError: it does not; the code says which.
     """
+    if adapter.image is None:
+        folder = job.adapter_folder(adapter.name)
+        if missing := [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (folder / name).is_file()]:
+            hint = "the volume's top folder must hold the adapter's files"
+            raise ImageError(f"no {missing[0]}", place=str(folder), hint=hint, code="adapter-missing")
+        _check_config(job, adapter, (folder / ADAPTER_CONFIG).read_bytes(), place=str(folder))
+        return
     image = open_image(adapter.image)
-    raw = read_file(image, f"data/{ADAPTER_CONFIG}")
+    _check_config(job, adapter, read_file(image, f"data/{ADAPTER_CONFIG}"), place=adapter.image)
+    if not image.repository.has(image.digest):
+        raise ImageError("a layer is missing", place=adapter.image, code="image-damaged")
+
+
+def _check_config(job: ServerJob, adapter: Adapter, raw: bytes, *, place: str) -> None:
     try:
         config = json.loads(raw)
         kind = config["peft_type"]
     except (ValueError, TypeError, KeyError) as exc:
-        raise ImageError(
-            f"data/{ADAPTER_CONFIG} is no PEFT configuration", place=adapter.image, code="adapter-unreadable"
-        ) from exc
+        raise ImageError(f"{ADAPTER_CONFIG} is no PEFT configuration", place=place, code="adapter-unreadable") from exc
     if kind != "LORA":
-        raise ImageError(f"a {kind!r} adapter", place=adapter.image, hint="only LoRA is served", code="adapter-kind")
-    if not image.layout.has(image.digest):
-        raise ImageError("a layer is missing", place=adapter.image, code="image-damaged")
+        raise ImageError(f"a {kind!r} adapter", place=place, hint="only LoRA is served", code="adapter-kind")
+    if adapter.strength in (None, 1.0) and adapter.name not in job.combined:
+        return
+    # These put values in the place of the base's own: there is no sum of which a part could be taken.
+    for key, none in (("use_dora", (None, False)), ("modules_to_save", (None, [])), ("bias", (None, "none"))):
+        if config.get(key) not in none:
+            message = f"an adapter with {key}: {config[key]} can be neither scaled nor combined"
+            raise ImageError(message, place=place, hint="leave its strength out", code="adapter-strength")
 
 
 def unpack_adapter(job: ServerJob, adapter: Adapter) -> Path:
-    """Bring the image's `data/` to `<root>/mnt/adapter/<name>/`, unless that image lies there, and return the folder.
+    """Return the adapter's folder, `<root>/mnt/adapter/<name>/`, with the image's `data/` in it if it has an image.
+
+    What lies there already of that image is not unpacked again.
 
     Raises:
         ImageError: (code `file-not-in-image`) no adapter weights in it; (code `image-damaged`).
         DiskFullError: no space left.
     """
     folder = job.adapter_folder(adapter.name)
+    if adapter.image is None:
+        return folder
     image = open_image(adapter.image)
     marker = folder / _DIGEST
     if marker.is_file() and marker.read_text(encoding="utf-8") == image.digest:
@@ -104,7 +123,7 @@ def unpack_adapter(job: ServerJob, adapter: Adapter) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{adapter.name}-", dir=folder.parent))
         try:
-            extract(image, partial)
+            extract(image, partial, only="data")
             data = partial / "data"
             if not (data / ADAPTER_WEIGHTS).is_file():
                 raise ImageError(

@@ -38,14 +38,13 @@ async def model(name: str, request: Request, worker: Ready) -> Body:
 
 def _model(request: Request, worker: Worker, name: str) -> Body:
     engine, service = worker.engine, request.app.state.service
-    adapter = name != engine.base_name
     return {
         "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "kaito-flows",
-        "root": service.images[name] if adapter else service.job.model.id,
-        "parent": engine.base_name if adapter else None,
+        "root": service.origin(name),
+        "parent": engine.base_name if name != engine.base_name else None,
         "max_model_len": engine.context_length,
     }
 

@@ -26,11 +26,13 @@ from kaito_flows.errors import OutOfMemoryError
 if TYPE_CHECKING:
     from kaito_flows.containers.server.engine import Engine
 
-__all__ = ["Answer", "Generation", "Order", "Worker"]
+__all__ = ["LINGER_SECONDS", "Answer", "Generation", "Order", "Worker"]
 
 logger = logging.getLogger(__name__)
 
 MAX_WAITING = 64
+LINGER_SECONDS = 1.0
+"""How long a server that was told to stop waits for who is connected and may ask once more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,27 +139,28 @@ class Worker:
         self._thread.submit(self._make, generation)
         return generation
 
-    async def stop(self, grace: float) -> None:
-        """Take no more orders, drop those that wait, let the running one finish within `grace` seconds, then cut it."""
-        self._stopping = True
-        running = self._running
-        for generation in self._pending - {running}:
-            generation.cancel()
-        deadline = time.monotonic() + grace
-        while self._pending and time.monotonic() < deadline:
+    async def stop(self, grace: float, connected: Callable[[], bool] = lambda: False) -> None:
+        """Go on until the line is empty, for `grace` seconds at most; then take no more orders, and cut what is left.
+
+        Who was let in is answered: until a service's addresses know that this server goes, it is still asked. And who
+        is `connected` may be about to ask again: the line must stay empty for `LINGER_SECONDS`.
+        """
+        now = quiet_since = time.monotonic()
+        deadline = now + grace
+        while now < deadline and (self._pending or (connected() and now - quiet_since < LINGER_SECONDS)):
             await asyncio.sleep(0.05)
+            now = time.monotonic()
+            quiet_since = now if self._pending else quiet_since
+        self._stopping = True
         for generation in self._pending:
             generation.cancel()
         self._thread.shutdown(wait=False)
-
-    _running: Generation | None = None
 
     def _count_waiting(self) -> None:
         self._metrics.waiting.set(max(0, len(self._pending) - 1))
 
     def _make(self, generation: Generation) -> None:
         """In the engine's thread: make one answer; whatever happens, the request gets an item that ends its waiting."""
-        self._running = generation
         try:
             generation.put(self._generate(generation))
         except Refusal as exc:
@@ -165,7 +168,6 @@ class Worker:
         except Exception as exc:  # noqa: BLE001 - it is logged and answered; the thread must live on
             generation.put(self._failed(exc))
         finally:
-            self._running = None
             self._loop.call_soon_threadsafe(self._forget, generation)
 
     def _generate(self, generation: Generation) -> Answer:

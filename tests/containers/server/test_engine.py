@@ -66,6 +66,61 @@ def test_base_and_adapters_answer_as_they_do_with_peft_alone(
         assert ask(engine, name).tokens == expected[name]
 
 
+def logits(engine: Engine, model: str) -> torch.Tensor:
+    """What the model makes of a prompt, before a token is chosen."""
+    prompt = torch.tensor([engine.encode_chat(QUESTION)])
+    with torch.inference_mode(), engine._as(model):
+        found: torch.Tensor = engine._base(input_ids=prompt).logits
+    return found
+
+
+def test_strength_scales_what_an_adapter_adds(weights: Path, adapters: dict[str, Path]) -> None:
+    engine = Engine.load(weights, name=PRESET, torch_dtype="float32")
+    for strength in (0.0, 0.25, 0.5, 1.0):
+        engine.add_adapter(f"at-{strength}", adapters["glosses"], strength=strength)
+    base = logits(engine, PRESET)
+    whole = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32), adapters["glosses"]
+    )
+    with torch.no_grad():
+        expected = whole(input_ids=torch.tensor([engine.encode_chat(QUESTION)])).logits
+    assert torch.equal(logits(engine, "at-0.0"), base)
+    assert torch.equal(logits(engine, "at-1.0"), expected)
+    far = [float((logits(engine, f"at-{strength}") - base).norm()) for strength in (0.0, 0.25, 0.5, 1.0)]
+    assert far[0] == 0 < far[1] < far[2] < far[3]
+    # Half of the strength is half of the change in each weight, which merging shows: W + 0.5 x (alpha / r) x B A.
+    halved = whole.merge_and_unload()
+    plain = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).state_dict()
+    with torch.no_grad():
+        for name, tensor in halved.state_dict().items():
+            tensor.copy_((tensor + plain[name]) / 2)
+        merged = halved(input_ids=torch.tensor([engine.encode_chat(QUESTION)])).logits
+    torch.testing.assert_close(logits(engine, "at-0.5"), merged, rtol=1e-3, atol=1e-3)
+
+
+def test_combined_adapters_add_up_by_their_strengths(weights: Path, adapters: dict[str, Path]) -> None:
+    engine = Engine.load(weights, name=PRESET, torch_dtype="float32")
+    strengths = {"glosses": 0.6, "verses.v2": 0.4}
+    for name, strength in strengths.items():
+        engine.add_adapter(name, adapters[name], strength=strength)
+    assert engine.default_name == "glosses"
+    engine.combine("combined_adapter", list(strengths))
+    assert engine.names == (PRESET, *strengths, "combined_adapter")
+    assert engine.default_name == "combined_adapter"
+    # PEFT's own exact sum puts the adapters' matrices side by side.
+    fresh = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(fresh, adapters["glosses"], adapter_name="a")
+    theirs.load_adapter(adapters["verses.v2"], adapter_name="b")
+    theirs.add_weighted_adapter(["a", "b"], list(strengths.values()), "sum", combination_type="cat")
+    theirs.set_adapter("sum")
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.tensor([engine.encode_chat(QUESTION)])).logits
+    for _ in range(2):  # and no trace of it in the others
+        torch.testing.assert_close(logits(engine, "combined_adapter"), expected, rtol=1e-3, atol=1e-3)
+        answers = {name: ask(engine, name).tokens for name in engine.names}
+        assert len(set(answers.values())) == 4
+
+
 def test_a_four_bit_base_answers_as_it_was_trained(weights: Path, adapters: dict[str, Path]) -> None:
     engine = Engine.load(weights, name=PRESET, torch_dtype="bfloat16", quantization=NF4)
     engine.add_adapter("glosses", adapters["glosses"])
@@ -152,6 +207,15 @@ def test_messages_that_the_template_does_not_take_are_refused(engine: Engine) ->
 
 def test_the_context_length_is_the_models(engine: Engine) -> None:
     assert engine.context_length == CONTEXT
+
+
+def test_the_context_can_be_shortened_and_not_stretched(weights: Path) -> None:
+    def context(max_model_len: int) -> int:
+        loaded = Engine.load(weights, name=PRESET, torch_dtype="float32", max_model_len=max_model_len)
+        return loaded.context_length
+
+    assert context(64) == 64
+    assert context(2 * CONTEXT) == CONTEXT
 
 
 def test_an_adapter_for_a_wider_model_is_refused_with_the_sizes(engine: Engine, tmp_path: Path) -> None:

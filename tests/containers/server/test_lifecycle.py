@@ -17,7 +17,7 @@ import pytest
 
 from kaito_flows.containers.program import read_job
 from kaito_flows.containers.server.inputs import check_adapter, check_weights, listen, unpack_adapter
-from kaito_flows.containers.server.job import Adapter, ServerJob
+from kaito_flows.containers.server.job import COMBINED, Adapter, ServerJob
 from kaito_flows.errors import ImageError, InputError, PortTakenError, WeightsError
 from kaito_flows.oci.images import build_image
 from kaito_flows.oci.layout import Layout
@@ -39,7 +39,24 @@ def endless(
     weights: Path, tmp_path_factory: pytest.TempPathFactory, launched: tuple[Running, Path]
 ) -> Iterator[Running]:
     """A server to be ended by SIGTERM; it loads torch while the other tests run."""
-    running = start(write_job(tmp_path_factory.mktemp("endless"), weights, {}))
+    running = start(write_job(tmp_path_factory.mktemp("endless"), weights, {}, grace_seconds=0.5))
+    yield running
+    running.process.kill()
+    running.process.wait()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mounted(
+    weights: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, endless: Running
+) -> Iterator[Running]:
+    """A server as in a pod, with adapters on volumes and an `inference_config.yaml`; it loads torch meanwhile too."""
+    root = tmp_path_factory.mktemp("mounted")
+    for name, folder in adapters.items():
+        shutil.copytree(folder, root / "mnt" / "adapter" / name)
+    (root / "mnt" / "config").mkdir()
+    (root / "mnt" / "config" / "inference_config.yaml").write_text("vllm: {max-model-len: 2048}\n")
+    strengths = [{"name": name, "strength": strength} for name, strength in zip(adapters, (0.5, 1), strict=True)]
+    running = start(write_job(root, weights, {}, adapters=strengths, grace_seconds=60))
     yield running
     running.process.kill()
     running.process.wait()
@@ -148,22 +165,60 @@ def test_an_adapter_is_unpacked_once_and_again_when_its_image_changes(
     ],
 )
 def test_an_image_without_a_lora_configuration_is_refused(
-    adapters: dict[str, Path], tmp_path: Path, config: bytes, code: str
+    job: ServerJob, adapters: dict[str, Path], tmp_path: Path, config: bytes, code: str
 ) -> None:
     image = pack(adapters["glosses"], tmp_path / "registry", adapter_config=config)
     with pytest.raises(ImageError) as caught:
-        check_adapter(Adapter("odd", image))
+        check_adapter(job, Adapter("odd", image))
     assert caught.value.code == code
 
 
-def test_an_image_with_a_missing_layer_is_refused(adapters: dict[str, Path], tmp_path: Path) -> None:
+def test_an_image_with_a_missing_layer_is_refused(job: ServerJob, adapters: dict[str, Path], tmp_path: Path) -> None:
     image = pack(adapters["glosses"], tmp_path / "registry")
     layout = Layout(tmp_path / "registry")
     layers = layout.manifest(image.rpartition("@")[2])["layers"]
     layout.blob_path(layers[0]["digest"]).unlink()
     with pytest.raises(ImageError) as caught:
-        check_adapter(Adapter("holed", image))
+        check_adapter(job, Adapter("holed", image))
     assert caught.value.code == "image-damaged"
+
+
+@pytest.mark.parametrize("gone", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_folder_without_an_adapter_is_refused(
+    weights: Path, adapters: dict[str, Path], tmp_path: Path, gone: str
+) -> None:
+    job = job_of(write_job(tmp_path, weights, {}, adapters=[{"name": "mounted", "image": None}]))
+    with pytest.raises(ImageError, match="no adapter_config") as caught:
+        check_adapter(job, job.adapters[0])
+    folder = tmp_path / "mnt" / "adapter" / "mounted"
+    assert (caught.value.code, caught.value.place) == ("adapter-missing", str(folder))
+    shutil.copytree(adapters["glosses"], folder)
+    check_adapter(job, job.adapters[0])
+    assert unpack_adapter(job, job.adapters[0]) == folder
+    (folder / gone).unlink()
+    with pytest.raises(ImageError, match=f"no {gone}"):
+        check_adapter(job, job.adapters[0])
+
+
+@pytest.mark.parametrize("key", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+def test_what_is_no_sum_has_no_strength(
+    weights: Path, adapters: dict[str, Path], tmp_path: Path, key: dict[str, Any]
+) -> None:
+    config = json.loads((adapters["glosses"] / "adapter_config.json").read_bytes())
+    image = pack(adapters["glosses"], tmp_path / "registry", adapter_config=json.dumps({**config, **key}).encode())
+
+    def check(*strengths: float | None) -> None:
+        named = [{"name": f"a{i}", "image": image, "strength": strength} for i, strength in enumerate(strengths)]
+        job = job_of(write_job(tmp_path, weights, {}, adapters=named))
+        for adapter in job.adapters:
+            check_adapter(job, adapter)
+
+    check(1.0)
+    check(None, 1.0)
+    for strengths in ([0.5], [1.0, 1.0]):
+        with pytest.raises(ImageError, match=next(iter(key))) as caught:
+            check(*strengths)
+        assert caught.value.code == "adapter-strength"
 
 
 @pytest.mark.parametrize("gone", ["config.json", "tokenizer_config.json", "model.safetensors"])
@@ -194,6 +249,11 @@ def test_weights_must_be_whole(weights: Path, tmp_path: Path, gone: str) -> None
         ({"adapters": [{"name": "a", "image": "b"}, {"name": "a", "image": "c"}]}, "adapters[1].name"),
         ({"adapters": [{"name": PRESET, "image": "b"}]}, "adapters[0].name"),
         ({"adapters": [{"name": "../../etc", "image": "b"}]}, "adapters[0].name"),
+        ({"adapters": [{"name": "a", "strength": 1.5}]}, "adapters[0].strength"),
+        ({"adapters": [{"name": "a", "strength": "0.5"}]}, "adapters[0].strength"),
+        ({"adapters": [{"name": "a", "strength": float("nan")}]}, "adapters[0].strength"),
+        ({"adapters": [{"name": "a", "strength": 1}, {"name": COMBINED, "strength": 1}]}, "adapters"),
+        ({"grace_seconds": -1}, "grace_seconds"),
     ],
 )
 def test_a_job_that_cannot_be_done_names_the_key(
@@ -204,12 +264,58 @@ def test_a_job_that_cannot_be_done_names_the_key(
     assert caught.value.place.endswith(place)
 
 
-# --- the slow one, which has loaded meanwhile
+# --- the slow ones, which have loaded meanwhile
 
 
-def test_sigterm_cuts_an_endless_answer_in_a_few_seconds_and_refuses_those_that_wait(endless: Running) -> None:
+def test_adapters_on_volumes_are_served_with_their_strengths_and_the_configured_length(mounted: Running) -> None:
+    serving = mounted.wait_for(240, event="serving")
+    assert serving["models"] == [PRESET, "glosses", "verses.v2", COMBINED]
+    with httpx.Client(base_url=f"http://127.0.0.1:{serving['port']}", timeout=60, trust_env=False) as client:
+        models = {model["id"]: model for model in client.get("/v1/models").json()["data"]}
+        assert models["glosses"]["root"].endswith("/mnt/adapter/glosses")
+        assert models[COMBINED]["root"] == "glosses+verses.v2"
+        assert {model["max_model_len"] for model in models.values()} == {2048}
+        greedy = {"prompt": "a", "generate_kwargs": {"do_sample": False, "max_new_tokens": 16}}
+        told = {name: client.post("/chat", json={**greedy, "model": name}).json()["Result"] for name in models}
+        assert len(set(told.values())) == 4
+        # As in KAITO, who names no model asks all of them at once.
+        assert client.post("/chat", json=greedy).json()["Result"] == told[COMBINED]
+        long = client.post("/chat", json={"prompt": "a" * 2100, "generate_kwargs": {"max_new_tokens": 1}})
+        assert long.status_code == 400
+        assert long.json()["detail"].startswith(
+            "this model's maximum context length is 2048 tokens; the prompt has 2100"
+        )
+
+
+def test_sigterm_lets_everybody_who_asked_be_answered(mounted: Running) -> None:
+    url = f"http://127.0.0.1:{mounted.wait_for(240, event='serving')['port']}"
+    body = {"prompt": "a", "temperature": 0, "max_tokens": 1000}
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60, trust_env=False))
+
+    waiting = [threading.Thread(target=ask) for _ in range(3)]
+    with httpx.Client(base_url=url, timeout=60, trust_env=False) as kept_open:
+        assert "connection" not in kept_open.get("/health").headers
+        for thread in waiting:
+            thread.start()
+        time.sleep(0.3)
+        mounted.process.send_signal(signal.SIGTERM)
+        mounted.wait_for(event="stage", name="drain")
+        late = kept_open.post("/v1/completions", json={**body, "max_tokens": 2})
+        assert (late.status_code, late.headers["connection"]) == (200, "close")
+    for thread in waiting:
+        thread.join()
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert {answer.json()["usage"]["completion_tokens"] for answer in answers} == {1000}
+    assert mounted.rest(30) == 0
+    assert mounted.events[-1]["event"] == "completed"
+
+
+def test_sigterm_cuts_an_endless_answer_when_the_grace_is_over_and_refuses_those_that_wait(endless: Running) -> None:
     running = endless
-    serving = running.wait_for(event="serving")
+    serving = running.wait_for(240, event="serving")
     assert serving["models"] == [PRESET]
     url = f"http://127.0.0.1:{serving['port']}/v1/completions"
     body = {"prompt": "a", "temperature": 0, "max_tokens": 4000}
@@ -224,7 +330,7 @@ def test_sigterm_cuts_an_endless_answer_in_a_few_seconds_and_refuses_those_that_
         running.process.send_signal(signal.SIGTERM)
         rest = [line for line in lines if line]
     assert running.rest() == 0
-    assert time.monotonic() - asked < 12
+    assert time.monotonic() - asked < 30
     second.join()
     assert waiting[0].status_code == 503
     assert waiting[0].json()["error"]["code"] == "shutting_down"

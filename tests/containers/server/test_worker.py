@@ -9,7 +9,7 @@ import pytest
 from kaito_flows.containers.server.engine import Engine
 from kaito_flows.containers.server.metrics import ServerMetrics
 from kaito_flows.containers.server.refusal import Refusal
-from kaito_flows.containers.server.worker import Answer, Order, Worker
+from kaito_flows.containers.server.worker import LINGER_SECONDS, Answer, Order, Worker
 
 from .conftest import PRESET
 
@@ -54,37 +54,56 @@ def test_a_full_line_is_refused_and_goes_on(engine: Engine) -> None:
     asyncio.run(ask())
 
 
-def test_stopping_lets_the_running_answer_end_and_refuses_the_rest(engine: Engine) -> None:
-    async def ask() -> tuple[Answer, Refusal, Refusal]:
+def test_stopping_answers_all_who_are_in_the_line_and_then_refuses(engine: Engine) -> None:
+    async def ask() -> tuple[list[Answer], Refusal]:
         worker = Worker(engine, ServerMetrics())
-        running, waiting = worker.submit(order(engine, 200)), worker.submit(order(engine, 200))
+        running, waiting = worker.submit(order(engine, 200)), worker.submit(order(engine, 30))
         await anext(running.items())
         stop = asyncio.create_task(worker.stop(30))
         await asyncio.sleep(0)
-        with pytest.raises(Refusal) as late:
-            worker.submit(order(engine, 1))
-        answer = await running.answer()
-        with pytest.raises(Refusal) as refused:
-            await waiting.answer()
+        late = worker.submit(order(engine, 2))
+        answers = [await generation.answer() for generation in (running, waiting, late)]
         await stop
-        return answer, late.value, refused.value
-
-    answer, late, refused = asyncio.run(ask())
-    assert (answer.completion_tokens, answer.finish_reason) == (200, "length")
-    assert (late.status, refused.status) == (503, 503)
-    assert refused.code == "shutting_down"
-
-
-def test_stopping_cuts_the_running_answer_when_the_grace_is_over(engine: Engine) -> None:
-    async def ask() -> Refusal:
-        worker = Worker(engine, ServerMetrics())
-        running = worker.submit(order(engine, 4000))
-        await anext(running.items())
-        await worker.stop(0.2)
-        with pytest.raises(Refusal) as caught:
-            await running.answer()
-        return caught.value
+        with pytest.raises(Refusal) as refused:
+            worker.submit(order(engine, 1))
+        return answers, refused.value
 
     start = time.monotonic()
-    assert asyncio.run(ask()).code == "shutting_down"
+    answers, refused = asyncio.run(ask())
+    assert [(answer.completion_tokens, answer.finish_reason) for answer in answers] == [
+        (200, "length"), (30, "length"), (2, "length"),
+    ]  # fmt: skip
+    assert (refused.status, refused.code) == (503, "shutting_down")
+    assert time.monotonic() - start < 20
+
+
+def test_stopping_waits_a_moment_for_those_who_are_connected_and_may_ask_again(engine: Engine) -> None:
+    async def ask() -> Answer:
+        worker = Worker(engine, ServerMetrics())
+        stop = asyncio.create_task(worker.stop(30, connected=lambda: True))
+        await asyncio.sleep(LINGER_SECONDS / 2)
+        answer = await worker.submit(order(engine, 2)).answer()
+        await stop
+        return answer
+
+    start = time.monotonic()
+    assert asyncio.run(ask()).finish_reason == "length"
+    assert time.monotonic() - start < 10
+
+
+def test_stopping_cuts_all_who_are_left_when_the_grace_is_over(engine: Engine) -> None:
+    async def ask() -> list[Refusal]:
+        worker = Worker(engine, ServerMetrics())
+        running, waiting = worker.submit(order(engine, 4000)), worker.submit(order(engine, 1))
+        await anext(running.items())
+        await worker.stop(0.2)
+        refusals = []
+        for generation in (running, waiting):
+            with pytest.raises(Refusal) as caught:
+                await generation.answer()
+            refusals.append(caught.value)
+        return refusals
+
+    start = time.monotonic()
+    assert [refusal.code for refusal in asyncio.run(ask())] == ["shutting_down"] * 2
     assert time.monotonic() - start < 5
