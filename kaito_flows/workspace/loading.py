@@ -1,11 +1,11 @@
-"""From a YAML file with one or several documents to a valid Workspace and its resolved training config."""
+"""From a YAML file with one or several documents to a valid Workspace and its resolved config."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import yaml
@@ -13,9 +13,12 @@ from pydantic import ValidationError
 
 from kaito_flows.errors import ConfigError, Fault, InputError, WorkspaceError
 from kaito_flows.workspace.faults import faults_of, nearest
+from kaito_flows.workspace.inference_config import INFERENCE_CONFIG_KEY, InferenceConfig
 from kaito_flows.workspace.spec import Workspace, WorkspaceV1alpha1, WorkspaceV1beta1
 from kaito_flows.workspace.training_config import CONFIG_KEY, TrainingConfig
-from kaito_flows.workspace.validation import Platform, placeholders, validate
+from kaito_flows.workspace.validation import Platform, placeholders, served_preset, validate
+
+T = TypeVar("T")
 
 VERSIONS: dict[str, type[WorkspaceV1alpha1] | type[WorkspaceV1beta1]] = {
     "kaito.sh/v1alpha1": WorkspaceV1alpha1,
@@ -25,26 +28,31 @@ VERSIONS: dict[str, type[WorkspaceV1alpha1] | type[WorkspaceV1beta1]] = {
 
 @dataclass(frozen=True, slots=True)
 class WorkspaceFile:
-    """A Workspace with what came with it: the resolved training config, and what is still to be filled in."""
+    """A Workspace with what came with it: its resolved config, and what is still to be filled in.
+
+    The training config is that of a tuning Workspace, the inference config that of one that serves a preset.
+    `config_text` is what the user wrote, if they did.
+    """
 
     workspace: Workspace
     training_config: TrainingConfig | None
     config_text: str | None
     placeholders: tuple[Fault, ...] = ()
+    inference_config: InferenceConfig | None = None
 
     def as_parameters(self) -> dict[str, Any]:
-        """The parameters with which the flow `tune-workspace` runs this file."""
+        """The parameters with which the flow `tune-workspace`, or `serve-workspace`, runs this file."""
         workspace = self.workspace.model_dump(mode="json", by_alias=True, exclude_unset=True)
-        return {"workspace": workspace, **({"training_config": self.config_text} if self.config_text else {})}
+        key = "training_config" if self.workspace.tuning else "inference_config"
+        return {"workspace": workspace, **({key: self.config_text} if self.config_text else {})}
 
 
 def load_workspace(path: Path, platform: Platform) -> WorkspaceFile:
-    """Read a Workspace from a file; a ConfigMap in the same file is found by the name that `tuning.config` gives.
+    """Read a Workspace from a file; a ConfigMap in the same file is found by the name that `config` gives.
 
     Raises:
         InputError: (codes `file-not-found`, `file-not-readable`, `invalid-yaml`) the file itself.
         WorkspaceError: every fault in it, each with its path.
-        ConfigError: `training_config.yaml` is not YAML.
     """
     try:
         text = path.read_text("utf-8")
@@ -86,13 +94,13 @@ def parse_workspace(
     *,
     config_maps: Iterable[Any] = (),
     training_config: str | None = None,
+    inference_config: str | None = None,
     source: str = "",
 ) -> WorkspaceFile:
-    """Read a Workspace from a document, with its training config as text or among `config_maps`.
+    """Read a Workspace from a document, with its config as text or among `config_maps`.
 
     Raises:
         WorkspaceError: every fault in it, each with its path.
-        ConfigError: `training_config.yaml` is not YAML.
     """
     version = document.get("apiVersion")
     model = VERSIONS.get(str(version), WorkspaceV1beta1)
@@ -108,28 +116,68 @@ def parse_workspace(
     structural = {f.path for f in faults}
     faults += [f for f in validate(document, platform) if f.path not in structural or not f.path]
 
-    tuning = document.get("tuning")
-    tuning = tuning if isinstance(tuning, Mapping) else {}
-    text, config, name = training_config, None, tuning.get("config")
-    place = CONFIG_KEY
-    if text is None and isinstance(name, str) and name:
-        place = f"ConfigMap/{name}"
-        text, fault = _config_text(name, config_maps)
-        faults += [fault] if fault else []
+    found = _Configs(tuple(config_maps))
+    tuning = _section(document, "tuning")
+    training, text = None, training_config
     method = str(tuning.get("method", "")).lower()
-    if method in ("lora", "qlora"):
-        try:
-            config = TrainingConfig.resolve(method, text, place=place)
-        except WorkspaceError as exc:
-            faults += exc.faults
-        except ConfigError as exc:
-            faults.append(Fault(exc.place, exc.message, exc.hint, code=exc.code))
+    if tuning:
+        text, place = found.text(text, tuning, "tuning.config", CONFIG_KEY)
+        if method in ("lora", "qlora"):
+            training = found.attempt(lambda: TrainingConfig.resolve(method, text, place=place))
+    inference, served = _section(document, "inference"), None
+    if inference.get("preset"):
+        text, place = found.text(inference_config, inference, "inference.config", INFERENCE_CONFIG_KEY)
+        served = found.attempt(lambda: InferenceConfig.resolve(text, place=place))
+        found.faults += _too_long(served, document, place)
+    faults += found.faults
     if faults or workspace is None:
         raise WorkspaceError(faults, source=source)
-    return WorkspaceFile(workspace, config, text, tuple(placeholders(document)))
+    return WorkspaceFile(workspace, training, text, tuple(placeholders(document)), served)
 
 
-def _config_text(name: str, documents: Iterable[Any]) -> tuple[str | None, Fault | None]:
+class _Configs:
+    """The ConfigMaps among the documents, and the faults that were found in looking for one and reading it."""
+
+    def __init__(self, documents: Iterable[Any]) -> None:
+        self.faults: list[Fault] = []
+        self._documents = documents
+
+    def text(self, given: str | None, section: Mapping[str, Any], path: str, key: str) -> tuple[str | None, str]:
+        """The config's text, given or from the ConfigMap that the section names, and the place to name in faults."""
+        name = section.get("config")
+        if given is not None or not isinstance(name, str) or not name:
+            return given, key
+        text, fault = _config_text(name, path, key, self._documents)
+        self.faults += [fault] if fault else []
+        return text, f"ConfigMap/{name}"
+
+    def attempt(self, resolve: Callable[[], T]) -> T | None:
+        """What `resolve` returns, or None with its faults noted."""
+        try:
+            return resolve()
+        except WorkspaceError as exc:
+            self.faults += exc.faults
+        except ConfigError as exc:
+            self.faults.append(Fault(exc.place, exc.message, exc.hint, code=exc.code))
+        return None
+
+
+def _section(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = document.get(key)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _too_long(config: InferenceConfig | None, document: Mapping[str, Any], place: str) -> Iterator[Fault]:
+    preset = served_preset(document)
+    if config is None or preset is None or config.max_model_len is None:
+        return
+    asked, longest = config.max_model_len, preset.architecture.context_length
+    if asked > longest:
+        message = f"{asked} tokens; {preset.name} reads {longest}"
+        yield Fault(f"{place}: vllm.max-model-len", message, f"write {longest} or less", code="sequence-too-long")
+
+
+def _config_text(name: str, path: str, key: str, documents: Iterable[Any]) -> tuple[str | None, Fault | None]:
     maps = {
         d.get("metadata", {}).get("name"): d.get("data") or {}
         for d in documents
@@ -138,9 +186,9 @@ def _config_text(name: str, documents: Iterable[Any]) -> tuple[str | None, Fault
     }
     if name not in maps:
         hint = f"ConfigMaps here: {', '.join(map(str, maps))}" if maps else "add it to the file as another document"
-        return None, Fault("tuning.config", f"no ConfigMap {name!r} in the file", hint, code="config-map-not-found")
-    text = maps[name].get(CONFIG_KEY) if isinstance(maps[name], dict) else None
+        return None, Fault(path, f"no ConfigMap {name!r} in the file", hint, code="config-map-not-found")
+    text = maps[name].get(key) if isinstance(maps[name], dict) else None
     if not isinstance(text, str):
-        message = f"ConfigMap {name!r} has no key {CONFIG_KEY!r}"
-        return None, Fault("tuning.config", message, code="config-map-not-found")
+        message = f"ConfigMap {name!r} has no key {key!r}"
+        return None, Fault(path, message, code="config-map-not-found")
     return text, None

@@ -23,6 +23,8 @@ __all__ = [
 ]
 
 SERVE_ANNOTATION = "kaito-flows/serve"
+GPUS_ANNOTATION = "kaito-flows/gpus"
+LOAD_BALANCER_ANNOTATION = "kaito.sh/enablelb"
 
 
 class _Model(BaseModel):
@@ -32,6 +34,10 @@ class _Model(BaseModel):
 def _lower(value: object) -> object:
     # KAITO's webhook compares the method without case and its controller with case; we take both spellings.
     return value.lower() if isinstance(value, str) else value
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    schema.pop("default")
 
 
 Method = Annotated[Literal["qlora", "lora"], BeforeValidator(_lower)]
@@ -75,7 +81,7 @@ class Partition(_Model):
 class ResourceSpec(_Model):
     """Which nodes: how many, of which size, with which labels."""
 
-    count: int = Field(1, ge=1, title="Nodes", description="How many nodes; tuning takes one.")
+    count: int = Field(1, ge=1, title="Nodes", description="How many nodes; tuning uses all of them.")
     label_selector: LabelSelector = Field(title="Label selector", description="Labels that the nodes carry.")
     preferred_nodes: list[str] = Field(
         default_factory=list, title="Preferred nodes", description="Deprecated by KAITO."
@@ -144,7 +150,11 @@ class AdapterSpec(_Model):
     """An adapter that an inference service loads."""
 
     source: DataSource = Field(title="Source")
-    strength: str = Field("1.0", title="Strength", description="0 to 1, as text.")
+    # KAITO's CRD fills the default in. Here it is told whether somebody wrote it: the server offers the adapters with a
+    # strength as one more model, all of them at once.
+    strength: str = Field(
+        "1.0", title="Strength", description="0 to 1, as text; 1 if unset.", json_schema_extra=_without_default
+    )
 
 
 class TuningSpec(_Model):
@@ -187,6 +197,20 @@ class _WorkspaceBase(_Model):
     def name(self) -> str:
         """The Workspace's name."""
         return self.metadata.name
+
+    @property
+    def namespace(self) -> str:
+        """The namespace that is written in it, "" where none is."""
+        return self.metadata.namespace if "namespace" in self.metadata.model_fields_set else ""
+
+    @property
+    def gpus(self) -> int | None:
+        """How many GPUs of a node are to be used, by the annotation `kaito-flows/gpus`; None where it is not set.
+
+        `validation.py` has seen to it that it is a number.
+        """
+        text = self.metadata.annotations.get(GPUS_ANNOTATION)
+        return None if text is None else int(text)
 
     @property
     def serve(self) -> bool:

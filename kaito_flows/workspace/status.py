@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+MESSAGE_LENGTH = 1024
 ConditionStatus = Literal["True", "False", "Unknown"]
 
 RESOURCE_READY = "ResourceReady"
@@ -37,6 +38,7 @@ class WorkspaceStatus:
     created: str = ""
     generation: int = 1
     state: str = "Pending"
+    node_count: int = 1
     conditions: dict[str, Condition] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -62,6 +64,72 @@ class WorkspaceStatus:
         return cls(**{**raw, "conditions": conditions})
 
 
+def status_resource(status: WorkspaceStatus) -> dict[str, Any]:
+    """The `status` of the Workspace's object: KAITO's fields, and ours of the run, the adapter and the service."""
+    facts = status.facts
+    adapter, service = facts.get("adapter"), facts.get("service")
+    run = {"flowRunId": "flow_run_id", "identity": "identity", "step": "step", "steps": "steps", "loss": "loss"}
+    found: dict[str, Any] = {
+        "observedGeneration": status.generation,
+        "state": status.state,
+        "targetNodeCount": status.node_count,
+        "workerNodes": list(facts.get("nodes", ())),
+        "run": {"generation": status.generation, **{ours: facts[key] for ours, key in run.items() if key in facts}},
+        "conditions": [
+            {
+                "type": c.type,
+                "status": c.status,
+                "reason": c.reason,
+                # An empty text in a list that is merged by key is null to older API servers.
+                "message": c.message[:MESSAGE_LENGTH] or c.reason,
+                "lastTransitionTime": c.last_transition_time,
+                "observedGeneration": c.observed_generation,
+            }
+            for c in status.conditions.values()
+        ],
+    }
+    if adapter:
+        # On a volume it has no image of the user's, and an empty text is null to older API servers.
+        found["adapter"] = {key: adapter[key] for key in ("image", "digest") if adapter.get(key)}
+    if service:
+        found["service"] = {"url": service["url"]}
+    return found
+
+
+def status_of_resource(found: Mapping[str, Any]) -> WorkspaceStatus:
+    """What the Workspace's object says of itself: the inverse of `status_resource`."""
+    metadata, raw = found["metadata"], found.get("status") or {}
+    run = raw.get("run", {})
+    ours = {"flowRunId": "flow_run_id", "identity": "identity", "step": "step", "steps": "steps", "loss": "loss"}
+    facts = {
+        **{key: run[theirs] for theirs, key in ours.items() if theirs in run},
+        **{key: raw[key] for key in ("adapter", "service") if key in raw},
+        **({"nodes": raw["workerNodes"]} if raw.get("workerNodes") else {}),
+    }
+    conditions = {
+        c["type"]: Condition(
+            c["type"],
+            c["status"],
+            c.get("reason", ""),
+            c.get("message", ""),
+            c["lastTransitionTime"],
+            c.get("observedGeneration", 1),
+        )
+        for c in raw.get("conditions", ())
+    }
+    return WorkspaceStatus(
+        name=metadata["name"],
+        api_version=found["apiVersion"],
+        instance_type=found.get("resource", {}).get("instanceType", ""),
+        created=metadata["creationTimestamp"],
+        generation=metadata["generation"],
+        state=raw.get("state", "Pending"),
+        node_count=found.get("resource", {}).get("count", 1),
+        conditions=conditions,
+        facts=facts,
+    )
+
+
 def columns(status: WorkspaceStatus, *, now: datetime | None = None) -> dict[str, str]:
     """One row, with KAITO's printer columns of the Workspace's own API version."""
     age = _age(status.created, now or datetime.now(UTC))
@@ -74,7 +142,12 @@ def columns(status: WorkspaceStatus, *, now: datetime | None = None) -> dict[str
     if status.api_version == "kaito.sh/v1alpha1":
         return {**ready, "WORKSPACEREADY": status.value(WORKSPACE_SUCCEEDED), "AGE": age}
     job = {"JOBSTARTED": status.value(JOB_STARTED), "WORKSPACESUCCEEDED": status.value(WORKSPACE_SUCCEEDED)}
-    return {**ready, **job, "STATE": status.state, "TARGETNODECOUNT": "1", "AGE": age}
+    return {**ready, **job, "STATE": status.state, "TARGETNODECOUNT": str(status.node_count), "AGE": age}
+
+
+def reason_of(code: str) -> str:
+    """An error's code as a condition's reason: `out-of-memory` becomes `OutOfMemory`."""
+    return "".join(word.capitalize() for word in code.split("-"))
 
 
 def utc_now() -> str:

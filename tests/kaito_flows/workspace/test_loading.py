@@ -168,7 +168,6 @@ def test_every_fault_is_told_at_once(seed: dict[str, Any]) -> None:
         ({"tuning": None}, "Either Inference or Tuning must be specified, not neither"),
         ({"inference": {"preset": {"name": "phi-4"}}}, "Either Inference or Tuning must be specified, but not both"),
         ({"resource": None}, "resource: "),
-        ({"resource": {"labelSelector": {}, "count": 2}}, "Tuning does not currently support multinode"),
         ({"resource": {"labelSelector": {}, "count": 0}}, "resource.count: Input should be greater than or equal to 1"),
         ({"resource": {}}, "resource.labelSelector: is required"),
         ({"apiVersion": "kaito.sh/v1"}, "apiVersion: 'kaito.sh/v1' is not known"),
@@ -180,6 +179,13 @@ def test_every_fault_is_told_at_once(seed: dict[str, Any]) -> None:
 )
 def test_a_document_that_is_wrong_is_refused(seed: dict[str, Any], change: dict[str, Any], fault: str) -> None:
     assert any(fault in told for told in faults({**seed, **change}))
+
+
+def test_several_nodes_tune_in_a_cluster_and_not_on_this_machine(seed: dict[str, Any]) -> None:
+    seed["resource"]["count"] = 2
+    assert parse_workspace(seed, "kubernetes").workspace.resource.count == 2
+    (fault,) = faults(seed, platform="local")
+    assert fault.startswith("resource.count: Tuning does not currently support multinode configurations.")
 
 
 @pytest.mark.parametrize(

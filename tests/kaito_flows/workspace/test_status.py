@@ -7,7 +7,14 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from kaito_flows.workspace.status import WorkspaceStatus, columns
+from kaito_flows.workspace.status import (
+    WORKSPACE_SUCCEEDED,
+    WorkspaceStatus,
+    columns,
+    reason_of,
+    status_of_resource,
+    status_resource,
+)
 
 START = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 
@@ -54,6 +61,41 @@ def test_ages_are_shortened(seconds: int, age: str) -> None:
     assert columns(status(), now=START + timedelta(seconds=seconds))["AGE"] == age
 
 
+def test_an_adapter_on_a_volume_has_a_digest_and_no_image() -> None:
+    made = status()
+    made.facts["adapter"] = {"reference": "docker://r/work@sha256:0", "image": "", "digest": "sha256:0"}
+    assert status_resource(made)["adapter"] == {"digest": "sha256:0"}, "an empty text is null to older API servers"
+
+
 def test_a_status_is_json_and_comes_back_the_same() -> None:
     made = status()
     assert WorkspaceStatus.from_dict(json.loads(json.dumps(made.as_dict()))) == made
+
+
+def test_a_status_comes_back_from_the_workspaces_object_as_it_was() -> None:
+    made = WorkspaceStatus("w", "kaito.sh/v1beta1", "Standard_X", "2026-11-24T00:00:00Z", generation=3, node_count=2)
+    made.state = "Running"
+    made.set(WORKSPACE_SUCCEEDED, "False", "workspacePending", "tune: train", now="2026-11-24T00:00:01Z")
+    made.facts = {
+        "flow_run_id": "f", "identity": "i", "step": 3, "steps": 8, "loss": 1.5, "nodes": ["a"],
+        "adapter": {"image": "r/i:t", "digest": "sha256:0"}, "service": {"url": "http://w.ns.svc"},
+    }  # fmt: skip
+    found = {
+        "apiVersion": "kaito.sh/v1beta1",
+        "metadata": {"name": "w", "generation": 3, "creationTimestamp": "2026-11-24T00:00:00Z"},
+        "resource": {"instanceType": "Standard_X", "count": 2},
+        "status": status_resource(made),
+    }
+    assert status_of_resource(found) == made
+
+
+def test_what_an_older_api_server_would_take_for_null_is_never_written() -> None:
+    made = WorkspaceStatus("w", "kaito.sh/v1beta1", "")
+    made.set(WORKSPACE_SUCCEEDED, "True", "workspaceSucceeded")
+    [condition] = status_resource(made)["conditions"]
+    assert condition["message"] == "workspaceSucceeded"
+
+
+def test_an_errors_code_becomes_a_reason_that_kubernetes_takes() -> None:
+    assert reason_of("out-of-memory") == "OutOfMemory"
+    assert reason_of("no-node") == "NoNode"
