@@ -23,6 +23,7 @@ from kaito_flows.errors import PlanError
 __all__ = [
     "Architecture",
     "HubSource",
+    "ImageSource",
     "Parameters",
     "Preset",
     "PypiSource",
@@ -70,7 +71,14 @@ class RandomSource(_Entry):
     tokenizer: dict[str, Any]
 
 
-Source = Annotated[PypiSource | HubSource | RandomSource, Field(discriminator="kind")]
+class ImageSource(_Entry):
+    """Weights as a Hugging Face folder in an OCI image: `REGISTRY/REPOSITORY:TAG`."""
+
+    kind: Literal["image"]
+    image: str
+
+
+Source = Annotated[PypiSource | HubSource | RandomSource | ImageSource, Field(discriminator="kind")]
 
 
 class Architecture(_Entry):
@@ -120,6 +128,10 @@ class Preset(_Entry):
         if unknown := set(self.fused_modules.values()) - set(self.linear_modules):
             raise ValueError(f"fused_modules names {sorted(unknown)}, which linear_modules lacks")
         return self
+
+    def from_image(self, image: str) -> Preset:
+        """Return the preset with its weights in that image, or itself where none is named."""
+        return self.model_copy(update={"source": ImageSource(kind="image", image=image)}) if image else self
 
 
 class Sku(_Entry):

@@ -13,6 +13,8 @@ __all__ = [
     "cost_usd",
     "evaluation_flops",
     "machine_flops_per_second",
+    "parallel_share",
+    "rows_a_step",
     "sku_flops_per_second",
     "training_flops",
     "training_steps",
@@ -21,6 +23,12 @@ __all__ = [
 # The share of a GPU's dense peak that a step reaches: 31 % (Hugging Face's stock trainer) to 50 % (torchtune) of it,
 # back-computed from published tokens per second of 4-bit and LoRA training on an A100.
 GPU_SHARE = 0.4
+# What a GPU keeps of its speed beside others. Only the adapter's gradients travel, once a step (0.1 GB for Phi-3-mini
+# and r 16), over the node's bus or over the network. Assumed, not measured.
+NODE_SHARE = 0.95
+NETWORK_SHARE = 0.85
+# And with the model divided among GPUs: then all weights travel, twice a step.
+DIVIDED_SHARE = 0.6
 # bfloat16 FLOPs a second of one core in training: SmolLM2-135M with QLoRA ran at 252 tokens a second on two cores.
 CORE_FLOPS = 79e9
 # An unlisted GPU: an A10's peak, low for all that have bfloat16.
@@ -32,9 +40,14 @@ def training_steps(rows: int, config: Mapping[str, Any]) -> int:
     arguments = config["TrainingArguments"]
     if arguments["max_steps"] > 0:
         return int(arguments["max_steps"])
-    rows_a_step: int = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
     epochs: float = arguments["num_train_epochs"]
-    return math.ceil(epochs * math.ceil(rows / rows_a_step))
+    return math.ceil(epochs * math.ceil(rows / rows_a_step(config)))
+
+
+def rows_a_step(config: Mapping[str, Any]) -> int:
+    """Return the packed rows of an optimizer step, which all GPUs share: their number does not change the training."""
+    arguments = config["TrainingArguments"]
+    return int(arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"])
 
 
 def training_flops(preset: Preset, adapter_parameters: int, length: int, *, recompute: bool) -> float:
@@ -56,6 +69,15 @@ def evaluation_flops(preset: Preset, length: int) -> float:
     shape = preset.architecture
     whole = preset.parameters.linear + shape.vocab_size * shape.hidden_size
     return 2.0 * whole + 2.0 * length * shape.heads * shape.head_dim * shape.layers
+
+
+def parallel_share(gpus: int, nodes: int, *, divided: bool = False) -> float:
+    """Return what each GPU keeps of its speed when `gpus` on each of `nodes` train together."""
+    if divided:
+        return DIVIDED_SHARE
+    if nodes > 1:
+        return NETWORK_SHARE
+    return NODE_SHARE if gpus > 1 else 1.0
 
 
 def sku_flops_per_second(sku: Sku | None) -> float:

@@ -8,13 +8,13 @@ with recompute or 4.06 MB of activations without it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kaito_flows.planning.shapes import linear_shapes, lora_parameters
 from kaito_flows.presets.loader import Preset
 
-__all__ = ["MemoryEstimate", "tuning_memory"]
+__all__ = ["BYTES", "FRAGMENTATION", "RUNTIME_BYTES", "MemoryEstimate", "sharded_memory", "tuning_memory"]
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # bitsandbytes: one absmax for 64 weights, in float32; with double quantisation in 8 bits, with a float32 for each 256.
@@ -76,6 +76,20 @@ def tuning_memory(preset: Preset, config: Mapping[str, Any], method: str) -> Mem
         overhead=RUNTIME_BYTES + expanded + int(FRAGMENTATION * (activations + logits)),
         adapter_parameters=parameters,
     )
+
+
+def sharded_memory(
+    preset: Preset, config: Mapping[str, Any], estimate: MemoryEstimate, processes: int
+) -> MemoryEstimate:
+    """Return what each of several GPUs takes with the base model divided among them by PyTorch's FSDP2.
+
+    Beside its part, a GPU holds what is gathered: embedding, head and norms throughout, and two blocks, the one that
+    computes and the one that is fetched ahead. The adapter is whole on each.
+    """
+    whole, parameters = BYTES[config["ModelConfig"]["torch_dtype"]], preset.parameters
+    block = parameters.linear * whole // preset.architecture.layers
+    gathered = (parameters.total - parameters.linear) * whole + 2 * block
+    return replace(estimate, weights=parameters.total * whole // processes + gathered)
 
 
 def _weights(preset: Preset, config: Mapping[str, Any], method: str) -> int:

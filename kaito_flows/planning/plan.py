@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -14,29 +14,33 @@ from kaito_flows.errors import PlanError
 from kaito_flows.planning.cost import (
     cost_usd,
     evaluation_flops,
-    machine_flops_per_second,
-    sku_flops_per_second,
+    parallel_share,
+    rows_a_step,
     training_flops,
     training_steps,
 )
 from kaito_flows.planning.identity import run_identity
-from kaito_flows.planning.machine import Machine, this_machine
-from kaito_flows.planning.memory import MemoryEstimate, tuning_memory
-from kaito_flows.planning.skus import Candidate, candidates, check_instance_type, find_sku
+from kaito_flows.planning.machine import Machine
+from kaito_flows.planning.memory import MemoryEstimate, sharded_memory, tuning_memory
+from kaito_flows.planning.place import Advice, Place, Platform, choose_place
+from kaito_flows.planning.skus import Candidate
 from kaito_flows.planning.targets import resolve_targets
-from kaito_flows.presets.loader import Preset, load_preset, load_skus
+from kaito_flows.planning.words import duration, gib
+from kaito_flows.presets.loader import Preset, load_preset
 from kaito_flows.workspace import WorkspaceFile
 from kaito_flows.workspace.training_config import ROOT_KEY
 
 __all__ = ["DatasetFacts", "Plan", "make_plan", "plan_workspace", "requires_bf16"]
 
-Platform = Literal["local", "kubernetes"]
-
-# Of this machine's memory, what other programs may need.
-MACHINE_SHARE = 0.9
 # Beside the weights: the dataset, checkpoints, the adapter and its image.
 DISK_REST = 1_000_000_000
-BF16_CAPABILITY = 8.0
+_ADVICE = Advice(
+    model_place="tuning.preset.name",
+    dtype_place="training_config.yaml: ModelConfig.torch_dtype",
+    dtype_hint="write float16 there and in bnb_4bit_compute_dtype",
+    smaller="a smaller model or max_length",
+    remedy="use qlora, a shorter max_length, or gradient_checkpointing: true",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +73,10 @@ class DatasetFacts:
 class Plan:
     """A run that can be done: what will be trained, where, and what it takes.
 
-    `config` is the resolved training config with the model's own module names. `instance_type` is None on this machine.
-    `steps`, `seconds`, `cost_usd` and `identity` need the prepared dataset: before, they are None and "".
-    `flops_per_second` is what the device reaches in training. Prices are in USD, for the whole node.
+    `config` is the resolved training config with the model's own module names. `place` is where: `nodes` nodes, each
+    with all of its `gpus` GPUs. `memory` is what each GPU takes; with `shard`, the model is divided among them. GPUs
+    share the rows of a step, so that their number changes the time and not the adapter. `steps`, `seconds`, `cost_usd`
+    and `identity` need the prepared dataset: before, they are None and "". Prices are in USD, the cost for all nodes.
     """
 
     workspace: str
@@ -80,19 +85,53 @@ class Plan:
     method: str
     config: dict[str, Any]
     memory: MemoryEstimate
-    device: str
-    device_memory: int | None
-    instance_type: str | None
-    candidates: tuple[Candidate, ...]
-    price_usd_hour: float | None
-    price_source: str
-    flops_per_second: float
+    place: Place
     notes: tuple[str, ...]
     dataset: DatasetFacts | None = None
     steps: int | None = None
     seconds: float | None = None
     cost_usd: float | None = None
     identity: str = ""
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs of each node train, or processes without one."""
+        return self.place.gpus
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes train."""
+        return self.place.nodes
+
+    @property
+    def shard(self) -> bool:
+        """Whether the model fits only divided among the GPUs."""
+        return self.place.divided
+
+    @property
+    def device(self) -> str:
+        """The device in words."""
+        return self.place.device
+
+    @property
+    def device_memory(self) -> int | None:
+        """Bytes of one GPU, or of this machine; None where the node is not known."""
+        return self.place.device_memory
+
+    @property
+    def instance_type(self) -> str | None:
+        """The size; None on this machine, and on own nodes."""
+        return self.place.instance_type
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The sizes that fit, cheapest first."""
+        return self.place.candidates
+
+    @property
+    def price_usd_hour(self) -> float | None:
+        """USD an hour for one node; None where it is not known."""
+        return self.place.price_usd_hour
 
     @property
     def model(self) -> dict[str, str]:
@@ -124,7 +163,8 @@ class Plan:
             raise PlanError("the dataset has no row to train on", place="tuning.input", code="empty-dataset")
         steps = training_steps(dataset.train_rows, self.config)
         seconds = self._seconds(dataset, steps)
-        priced = cost_usd(seconds, self.price_usd_hour) if self.price_usd_hour is not None else None
+        price = self.place.price_usd_hour
+        priced = cost_usd(seconds, price) * self.nodes if price is not None else None
         source = self.preset.source.model_dump(mode="json")
         identity = run_identity(
             self.preset.model_id, self.preset.revision, source, self.method, self.config, dataset.digest, __version__
@@ -141,13 +181,16 @@ class Plan:
             "device": self.device,
             "device_memory": self.device_memory,
             "instance_type": self.instance_type,
+            "gpus": self.gpus,
+            "nodes": self.nodes,
+            "shard": self.shard,
             "memory": self.memory.as_dict(),
             "adapter_parameters": self.memory.adapter_parameters,
             "candidates": [
                 {"name": c.sku.name, "free": c.free, "price_usd_hour": c.price_usd_hour} for c in self.candidates
             ],
             "price_usd_hour": self.price_usd_hour,
-            "price_source": self.price_source,
+            "price_source": self.place.price_source,
             "disk_bytes": self.disk_bytes,
             "dataset": self.dataset.digest if self.dataset else None,
             "steps": self.steps,
@@ -167,10 +210,11 @@ class Plan:
             ("model", f"{model} ({parameters / 1e6:,.0f} million parameters)"),
             ("method", f"{self.method}, r {lora['r']}, {memory.adapter_parameters:,} parameters"),
             ("adapted", ", ".join(lora["target_modules"])),
-            ("memory", f"about {_gib(memory.total)}"),
-            *(("", f"{_gib(getattr(memory, part))} {part}") for part in parts),
+            ("memory", f"about {gib(memory.total)}{' on each GPU' if self.processes > 1 else ''}"),
+            *(("", f"{gib(getattr(memory, part))} {part}") for part in parts),
             ("device", self.device),
-            ("price", self._price()),
+            *([("GPUs", self._gpus())] if self.processes > 1 else []),
+            ("price", self.place.price),
         ]
         fitting = self.candidates[:3]
         rows += [("" if i else "sizes that fit", str(c)) for i, c in enumerate(fitting)]
@@ -181,23 +225,34 @@ class Plan:
                 ("dataset", f"{facts.train_rows:,} rows of {facts.sequence_length:,}, {facts.train_tokens:,} tokens"),
                 ("held out", f"{facts.validation_rows:,} rows, {facts.validation_tokens:,} tokens"),
                 ("steps", f"{self.steps:,}"),
-                ("time", f"about {_duration(self.seconds)}"),
-                ("cost", f"about {self.cost_usd:.2f} USD" if self.cost_usd else self._price()),
+                ("time", f"about {duration(self.seconds)}"),
+                ("cost", f"about {self.cost_usd:.2f} USD" if self.cost_usd else self.place.price),
                 ("identity", self.identity),
             ]
         else:
             rows.append(("steps, time, cost", "known once the data is prepared"))
         return [{"item": item, "value": value} for item, value in rows]
 
-    def _price(self) -> str:
-        if self.platform == "local":
-            return "nothing: this machine"
-        if self.price_usd_hour is None:
-            return "not known"
-        return f"{self.price_usd_hour:.2f} USD/h {self.price_source}"
+    @property
+    def processes(self) -> int:
+        """How many processes train, one for each GPU."""
+        return self.gpus * self.nodes
+
+    @property
+    def speed_share(self) -> float:
+        """What each GPU keeps of its speed beside the others."""
+        return parallel_share(self.gpus, self.nodes, divided=self.shard)
+
+    def _gpus(self) -> str:
+        where = f"{self.nodes} nodes with {self.gpus} each" if self.nodes > 1 else "one node"
+        divided = "the model divided among them, " if self.shard else ""
+        return f"{self.processes} ({where}), {divided}each at {self.speed_share:.0%} of its speed"
 
     def _seconds(self, dataset: DatasetFacts, steps: int) -> float:
-        """Training, and the held-out loss before and after it; loading the model is not counted."""
+        """Training, and the held-out loss before and after it; loading the model is not counted.
+
+        A step takes as long as the GPU with the most of its rows.
+        """
         arguments, length = self.config["TrainingArguments"], dataset.sequence_length
         epochs = arguments["num_train_epochs"]
         if arguments["max_steps"] > 0:
@@ -205,9 +260,14 @@ class Plan:
         a_token = training_flops(
             self.preset, self.memory.adapter_parameters, length, recompute=arguments["gradient_checkpointing"]
         )
-        training = epochs * dataset.train_rows * length * a_token
-        evaluation = 2 * dataset.validation_rows * length * evaluation_flops(self.preset, length)
-        return float(training + evaluation) / self.flops_per_second
+        whole_steps, rest = divmod(dataset.train_rows, rows_a_step(self.config))
+        rows = whole_steps * self._largest_share(rows_a_step(self.config)) + self._largest_share(rest)
+        training = epochs * rows * length * a_token
+        evaluation = 2 * self._largest_share(dataset.validation_rows) * length * evaluation_flops(self.preset, length)
+        return float(training + evaluation) / (self.place.flops_per_second * self.speed_share)
+
+    def _largest_share(self, rows: int) -> int:
+        return -(-rows // self.processes)
 
 
 def make_plan(
@@ -217,14 +277,17 @@ def make_plan(
     *,
     workspace: str,
     instance_type: str | None = None,
+    nodes: int = 1,
+    gpus: int | None = None,
     dataset: DatasetFacts | None = None,
     platform: Platform = "local",
     machine: Machine | None = None,
 ) -> Plan:
     """Plan the tuning of `preset` with a resolved training config.
 
-    On `local` the node is this machine and costs nothing; on `kubernetes` it is one of `instance_type`, or an own node
-    of which nothing is known when that is empty. `machine` stands for this machine.
+    On `local` the node is this machine and costs nothing; on `kubernetes` there are `nodes` of `instance_type`, or own
+    ones when that is empty, of which nothing is known but how many `gpus` each has, if that is told (else 1 is used).
+    `machine` stands for this machine.
 
     Raises:
         PlanError: (codes of `check_instance_type`) the size cannot do it; (code `machine-too-small`) this machine
@@ -239,57 +302,43 @@ def make_plan(
         notes += ("train_test_split: 1 holds nothing out: that the adapter is better than its base will not be shown",)
     if not preset.chat_template:
         notes += (f"{preset.name} is a base model without a chat template",)
-    estimate, bf16, skus = tuning_memory(preset, config, method), requires_bf16(config), load_skus()
-    fitting = candidates(estimate, skus, bf16)
-    machine = machine or this_machine()
-    if platform == "local":
-        if instance_type:
-            # The file would be refused on a cluster, so it is refused here.
-            check_instance_type(instance_type, estimate, skus, bf16)
-            notes += (f"{instance_type} is not used: this platform runs on this machine",)
-        _check_machine(machine, estimate, fitting, bf16)
-        plan = Plan(
-            workspace=workspace,
-            platform=platform,
-            preset=preset,
-            method=method,
-            config=config,
-            memory=estimate,
-            device=str(machine),
-            device_memory=machine.device_memory,
-            instance_type=None,
-            candidates=fitting,
-            price_usd_hour=0.0,
-            price_source="",
-            flops_per_second=machine_flops_per_second(machine, skus),
-            notes=notes,
+    estimate = tuning_memory(preset, config, method)
+
+    def sharded(processes: int) -> MemoryEstimate:
+        return sharded_memory(preset, config, estimate, processes)
+
+    place = choose_place(
+        estimate,
+        platform=platform,
+        requires_bf16=requires_bf16(config),
+        advice=_ADVICE,
+        instance_type=instance_type,
+        nodes=nodes,
+        gpus=gpus,
+        divided=sharded if method == "lora" else None,  # PyTorch cannot divide bitsandbytes' 4-bit weights
+        machine=machine,
+    )
+    processes, rows = place.gpus * place.nodes, rows_a_step(config)
+    if processes > rows:
+        notes += (
+            f"a step has {rows} rows, so that only {rows} of {processes} GPUs have work: "
+            f"with gradient_accumulation_steps: {processes} all have (and the training is another one)",
         )
-    else:
-        sku = check_instance_type(instance_type, estimate, skus, bf16) if instance_type else None
-        if instance_type and find_sku(instance_type, skus) is None:
-            notes += (f"nothing is known of {instance_type}: whether it fits, how fast it is, what it costs",)
-        described = f"{sku.gpus} x {sku.gpu_model}, {sku.gpu_memory_gib:g} GiB each" if sku else "size not known"
-        plan = Plan(
-            workspace=workspace,
-            platform=platform,
-            preset=preset,
-            method=method,
-            config=config,
-            memory=estimate,
-            device=f"{instance_type or 'own node'} ({described})",
-            device_memory=int(sku.gpu_memory_gib * 2**30) if sku else None,
-            instance_type=instance_type or None,
-            candidates=fitting,
-            price_usd_hour=sku.price_usd_hour if sku else None,
-            price_source=f"({sku.price_region}, {sku.price_date})" if sku and sku.price_usd_hour is not None else "",
-            flops_per_second=sku_flops_per_second(sku),
-            notes=notes,
-        )
+    plan = Plan(
+        workspace=workspace,
+        platform=platform,
+        preset=preset,
+        method=method,
+        config=config,
+        memory=sharded(processes) if place.divided else estimate,
+        place=place,
+        notes=notes + place.notes,
+    )
     return plan.with_dataset(dataset) if dataset is not None else plan
 
 
-def plan_workspace(file: WorkspaceFile, platform: Platform) -> Plan:
-    """Plan what a Workspace file asks for.
+def plan_workspace(file: WorkspaceFile, platform: Platform, *, gpus: int | None = None) -> Plan:
+    """Plan the tuning that a Workspace file asks for; `gpus` as in `make_plan`.
 
     Raises:
         PlanError: it is not for tuning; and as `make_plan`.
@@ -297,13 +346,15 @@ def plan_workspace(file: WorkspaceFile, platform: Platform) -> Plan:
     """
     tuning = file.workspace.tuning
     if tuning is None or file.training_config is None:
-        raise PlanError("this Workspace tunes nothing", place="tuning", hint="plans are for tuning")
+        raise PlanError("this Workspace tunes nothing", place="tuning", hint="`plan_serving` plans what it serves")
     return make_plan(
-        load_preset(tuning.preset.name),
+        load_preset(tuning.preset.name).from_image(tuning.preset.preset_options.image),
         tuning.method,
         file.training_config.model_dump(mode="json"),
         workspace=file.workspace.name,
         instance_type=file.workspace.resource.instance_type or None,
+        nodes=file.workspace.resource.count if platform == "kubernetes" else 1,
+        gpus=gpus,
         platform=platform,
     )
 
@@ -326,39 +377,6 @@ def _check_length(preset: Preset, config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_machine(
-    machine: Machine, estimate: MemoryEstimate, fitting: tuple[Candidate, ...], requires_bf16: bool
-) -> None:
-    if requires_bf16 and machine.gpu_model and machine.compute_capability < BF16_CAPABILITY:
-        raise PlanError(
-            f"the {machine.gpu_model} of this machine has no bfloat16",
-            place="training_config.yaml: ModelConfig.torch_dtype",
-            hint="write float16 there and in bnb_4bit_compute_dtype, or hide the GPU: CUDA_VISIBLE_DEVICES=-1",
-            code="no-bf16",
-        )
-    usable = int(machine.device_memory * MACHINE_SHARE)
-    if usable < estimate.total:
-        sizes = ", ".join(map(str, fitting[:3]))
-        raise PlanError(
-            f"about {_gib(estimate.total)} of memory needed; {machine} has {_gib(usable)} to give",
-            place="tuning.preset.name",
-            hint=f"a smaller model or max_length, or a cluster with one of: {sizes}" if sizes else "a smaller model",
-            code="machine-too-small",
-        )
-
-
 def _one_epoch(config: Mapping[str, Any]) -> dict[str, Any]:
     arguments = {**config["TrainingArguments"], "max_steps": -1, "num_train_epochs": 1.0}
     return {**config, "TrainingArguments": arguments}
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} minutes"
-    return f"{seconds / 3600:.1f} hours"

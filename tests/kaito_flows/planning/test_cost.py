@@ -10,6 +10,7 @@ import pytest
 from kaito_flows.planning.cost import (
     cost_usd,
     machine_flops_per_second,
+    parallel_share,
     sku_flops_per_second,
     training_flops,
     training_steps,
@@ -68,6 +69,12 @@ def test_a_local_gpu_is_known_by_what_the_driver_calls_it(shown: str, tflops: fl
 
 def test_a_size_that_is_not_known_counts_as_a_slow_one() -> None:
     assert sku_flops_per_second(None) == min(sku_flops_per_second(sku) for sku in load_skus() if sku.bf16)
+
+
+def test_a_gpu_keeps_less_of_its_speed_the_farther_the_others_are() -> None:
+    shares = [parallel_share(1, 1), parallel_share(4, 1), parallel_share(4, 2), parallel_share(4, 2, divided=True)]
+    assert shares[0] == 1
+    assert shares == sorted(shares, reverse=True) and len(set(shares)) == 4
 
 
 def test_the_price_is_by_the_hour() -> None:

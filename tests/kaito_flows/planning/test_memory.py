@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kaito_flows.errors import PlanError
-from kaito_flows.planning.memory import MemoryEstimate, tuning_memory
+from kaito_flows.planning.memory import MemoryEstimate, sharded_memory, tuning_memory
 from kaito_flows.planning.shapes import lora_parameters
 from kaito_flows.presets.loader import load_preset, load_presets
 
@@ -64,6 +64,15 @@ def test_single_quantisation_takes_more_than_double(config: Config) -> None:
 )
 def test_more_work_takes_more_memory(config: Config, changes: dict[str, Any]) -> None:
     assert estimate(config, **changes).total > estimate(config).total
+
+
+def test_divided_among_gpus_each_holds_its_part_and_what_is_gathered(config: Config) -> None:
+    preset, resolved = load_preset(PHI3), config(PHI3, "lora")
+    whole = tuning_memory(preset, resolved, "lora")
+    eight = sharded_memory(preset, resolved, whole, 8)
+    gathered = 2 * (preset.parameters.total - preset.parameters.linear) + 2 * 2 * preset.parameters.linear / 32
+    assert eight.weights == pytest.approx(whole.weights / 8 + gathered, abs=10)
+    assert (eight.adapter, eight.activations, eight.logits) == (whole.adapter, whole.activations, whole.logits)
 
 
 def test_fewer_targets_take_less(config: Config) -> None:

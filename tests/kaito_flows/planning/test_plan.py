@@ -12,6 +12,7 @@ import yaml
 
 from kaito_flows.errors import ConfigError, PlanError
 from kaito_flows.planning.machine import Machine
+from kaito_flows.planning.memory import tuning_memory
 from kaito_flows.planning.plan import DatasetFacts, Plan, make_plan, plan_workspace
 from kaito_flows.presets.loader import load_preset
 from kaito_flows.workspace import load_workspace
@@ -72,6 +73,15 @@ def test_the_identity_is_of_the_training_not_of_the_place(config: Config, laptop
     assert on_azure(config, SMOL, seed=1).with_dataset(DATA).identity != there.identity
 
 
+def test_weights_from_an_image_are_other_weights(config: Config, laptop: Machine) -> None:
+    presets = [load_preset(SMOL).from_image(image) for image in ("", "r/smol@sha256:" + "0" * 64, "r/smol:1")]
+    plans = [
+        make_plan(preset, "qlora", config(SMOL), workspace="w", dataset=DATA, machine=laptop) for preset in presets
+    ]
+    assert len({plan.identity for plan in plans}) == 3
+    assert presets[0] == load_preset(SMOL)
+
+
 def test_spellings_of_the_same_targets_are_the_same_run(config: Config) -> None:
     spellings = (["all-linear"], ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
     plans = [on_azure(config, target_modules=names).with_dataset(DATA) for names in spellings]
@@ -115,6 +125,67 @@ def test_a_plan_that_cannot_hold_is_refused(
 def test_float16_throughout_lets_a_t4_in(config: Config) -> None:
     plan = on_azure(config, SMOL, "Standard_NC4as_T4_v3", torch_dtype="float16", bnb_4bit_compute_dtype="float16")
     assert plan.candidates[0].sku.name == "Standard_NC4as_T4_v3"
+
+
+def rows_of(plan: Plan) -> dict[str, str]:
+    return {row["item"]: row["value"] for row in plan.table_rows()}
+
+
+def test_the_gpus_of_a_size_share_the_rows_and_change_the_time_alone(config: Config) -> None:
+    batch = {"gradient_accumulation_steps": 4}
+    one = on_azure(config, **batch).with_dataset(DATA)
+    four = on_azure(config, size="Standard_NC96ads_A100_v4", **batch).with_dataset(DATA)
+    assert (one.gpus, four.gpus, four.nodes) == (1, 4, 1)
+    assert (four.steps, four.identity) == (one.steps, one.identity)
+    assert one.seconds is not None and four.seconds is not None and four.cost_usd is not None
+    # four times as fast, but for the 95 % and for the held-out rows, which four do not share evenly
+    assert four.seconds == pytest.approx(one.seconds / 4 / 0.95, rel=0.01)
+    assert four.cost_usd == pytest.approx(four.seconds / 3600 * 14.692)
+    assert rows_of(four)["GPUs"] == "4 (one node), each at 95% of its speed"
+    assert "GPUs" not in rows_of(one)
+    assert four.notes == ()
+
+
+def test_all_nodes_train_and_are_paid_for(config: Config) -> None:
+    def plan(nodes: int, **changes: Any) -> Plan:
+        resolved = config(PHI3, **changes)
+        return make_plan(load_preset(PHI3), "qlora", resolved, workspace="w", instance_type=A100, nodes=nodes,
+                         platform="kubernetes", dataset=DATA)  # fmt: skip
+
+    one, two = plan(1), plan(2)
+    assert one.seconds is not None and two.seconds is not None and two.cost_usd is not None
+    assert two.seconds == pytest.approx(one.seconds / 2 / 0.85, rel=0.01)
+    assert two.cost_usd == pytest.approx(2 * two.seconds / 3600 * 3.673)
+    assert rows_of(two)["device"] == f"2 x {A100} (1 x NVIDIA A100, 80 GiB each)"
+    assert rows_of(two)["GPUs"] == "2 (2 nodes with 1 each), each at 85% of its speed"
+    assert rows_of(two)["price"] == "7.35 USD/h, 2 nodes of 3.67 (eastus, 2026-06-18)"
+    assert json.loads(json.dumps(two.as_dict()))["nodes"] == 2
+    # A step of 2 rows keeps 2 GPUs busy: the third brings nothing, and is not said to.
+    three = plan(3)
+    assert three.seconds == pytest.approx(two.seconds, rel=0.01)
+    assert three.notes[0].startswith("a step has 2 rows, so that only 2 of 3 GPUs have work")
+    assert plan(3, gradient_accumulation_steps=6).notes == ()
+
+
+def test_own_nodes_have_as_many_gpus_as_is_told(config: Config) -> None:
+    def gpus(told: int | None) -> int:
+        plan = make_plan(load_preset(PHI3), "qlora", config(PHI3), workspace="w", gpus=told, platform="kubernetes")
+        return plan.gpus
+
+    assert (gpus(None), gpus(2)) == (1, 2)
+
+
+def test_a_model_for_lora_that_no_gpu_holds_is_divided_among_those_of_the_size(config: Config) -> None:
+    falcon, size = "falcon-40b", "Standard_NC48ads_A100_v4"
+    plan = on_azure(config, falcon, size, "lora")
+    whole = tuning_memory(load_preset(falcon), config(falcon, "lora"), "lora")
+    assert plan.shard and plan.as_dict()["shard"]
+    assert plan.memory.total < 74 * 2**30 < whole.total
+    assert plan.memory.activations == whole.activations
+    assert "the model divided among them" in rows_of(plan)["GPUs"]
+    assert not on_azure(config, PHI3, size, "lora").shard
+    # bitsandbytes' 4-bit weights cannot be divided; and they need not be.
+    assert not on_azure(config, falcon, size).shard
 
 
 @pytest.mark.parametrize("size", [None, "Standard_ND999_v9"])
@@ -172,6 +243,13 @@ def test_a_local_gpu_without_bfloat16_is_refused_for_bfloat16(config: Config) ->
 
 def test_a_base_model_is_said_to_have_no_chat_template(config: Config) -> None:
     assert "without a chat template" in on_azure(config, "falcon-7b").notes[0]
+
+
+def test_the_nodes_of_a_workspace_are_planned(repository_root: Path, tmp_path: Path) -> None:
+    text = (repository_root / "examples" / "phi-3-qlora.yaml").read_text()
+    (tmp_path / "w.yaml").write_text(text.replace("resource:", "resource:\n  count: 2", 1))
+    plan = plan_workspace(load_workspace(tmp_path / "w.yaml", "kubernetes"), "kubernetes")
+    assert (plan.nodes, plan.processes) == (2, 2)
 
 
 def test_kaitos_own_example_can_be_planned(repository_root: Path) -> None:

@@ -38,6 +38,24 @@ def test_one_gpu_must_hold_it_however_many_a_node_has() -> None:
     assert names(1000) == []
 
 
+def test_where_a_model_can_be_divided_the_gpus_of_a_node_count_together() -> None:
+    def divided(gpus: int) -> MemoryEstimate:
+        return needing(100 / gpus + 10)
+
+    def found(nodes: int = 1) -> dict[str, bool]:
+        fitting = candidates(needing(100), SKUS, True, nodes=nodes, divided=divided, today=NOW)
+        assert all(candidate.free >= 0 for candidate in fitting)
+        return {candidate.sku.name: candidate.divided for candidate in fitting}
+
+    assert found()["Standard_NC48ads_A100_v4"]  # 60 of 74 GiB
+    assert not found()["Standard_ND96isr_H200_v5"]  # whole on each
+    assert "Standard_NC24ads_A100_v4" not in found()
+    assert found(nodes=2)["Standard_NC24ads_A100_v4"]
+    assert check_instance_type("Standard_NC48ads_A100_v4", needing(100), SKUS, True, divided=divided, today=NOW)
+    with pytest.raises(PlanError, match=r"is too small: 60\.0 GiB needed, 22\.3 GiB usable"):
+        check_instance_type("Standard_NV72ads_A10_v5", needing(100), SKUS, True, divided=divided, today=NOW)
+
+
 def test_a_gpu_gives_less_than_its_name_says() -> None:
     a10 = next(sku for sku in SKUS if sku.name == "Standard_NV36ads_A10_v5")
     assert 22 * 2**30 < usable_bytes(a10) < 22.5 * 2**30  # nvidia-smi shows 22.5 GiB
