@@ -14,15 +14,18 @@ Message = dict[str, str]
 TIMEOUT_SECONDS = 300.0
 
 
-def ask(url: str, model: str, messages: Sequence[Message], *, max_tokens: int = 256, temperature: float = 0.0) -> str:
-    """Return the model's answer.
+def ask(
+    http: httpx.Client, model: str, messages: Sequence[Message], *, max_tokens: int = 256, temperature: float = 0.0
+) -> str:
+    """Return the model's answer; the client's base address is the service.
 
     Raises:
         ServiceError: the service does not answer, or answers with an error.
     """
     body = {"model": model, "messages": list(messages), "max_tokens": max_tokens, "temperature": temperature}
+    url = str(http.base_url)
     with _service_errors(url):
-        response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=TIMEOUT_SECONDS)
+        response = http.post("/v1/chat/completions", json=body, timeout=TIMEOUT_SECONDS)
         if response.status_code != 200:
             raise ServiceError(f"answered {response.status_code}: {_reason(response)}", place=url)
         answer: str = response.json()["choices"][0]["message"]["content"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from kaito_flows import __version__
 from kaito_flows.reference import Reference
 
 
@@ -16,6 +18,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="KAITO_FLOWS_", frozen=True)
 
+    platform: Literal["local", "kubernetes"] = Field("local", description="Where jobs and services run.")
     home: Path = Field(
         default_factory=lambda: Path.home() / ".kaito-flows",
         description="Where models, datasets, adapters, jobs and services of this machine are kept.",
@@ -24,13 +27,34 @@ class Settings(BaseSettings):
     serve_port: int | None = Field(
         None, ge=1, le=65535, description="The port of a service on this machine; unset: a free one from 5000 up."
     )
+    namespace: str = Field("", description="The namespace; empty: the Workspace's, else that of the kubeconfig.")
+    tuner_image: str = Field(f"kaito-flows/tuner:{__version__}", description="The image of tuning pods.")
+    server_image: str = Field(f"kaito-flows/server:{__version__}", description="The image of serving pods.")
+    image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = Field("IfNotPresent")
+    image_pull_secrets: str = Field("", description="Secrets for those images, separated by commas.")
+    insecure_registries: str = Field("", description="Registries that are spoken to over plain HTTP: host[:port], …")
+    repository: str = Field(
+        "", description="Where datasets, checkpoints and adapters go when the Workspace's output is a volume."
+    )
+    repository_secret: str = Field("", description="The Secret for that repository.")
+    weights_cache: str = Field(
+        "",
+        pattern=r"^(|node:/.+|claim:[a-z0-9.-]+)$",
+        description="Where pods keep base models: `node:/folder` of the node, `claim:NAME`; empty: not beyond the pod.",
+    )
+    job_cpu: str = Field("500m", description="The CPU that a tuning or serving pod asks for.")
+    job_memory: str = Field("", description="The memory that it asks for; empty: by the model's size.")
+    job_deadline_hours: float = Field(24.0, gt=0, description="No job lasts longer, waiting included.")
+    job_kept_seconds: int = Field(3600, ge=0, description="How long a job that ended is kept for its logs.")
+    checkpoint_seconds: float = Field(300.0, ge=0, description="How often a checkpoint goes to the registry.")
+    pending_seconds: float = Field(900.0, gt=0, description="How long a pod may wait for a node before the run fails.")
 
     @cached_property
     def folder(self) -> Path:
         """`home`, absolute and without `~`."""
         return self.home.expanduser().absolute()
 
-    def repository(self, reference: Reference) -> Path:
+    def layout(self, reference: Reference) -> Path:
         """The OCI layout folder that stands for an image repository on this machine."""
         # A colon would end the path in skopeo's spelling `oci:<path>:<tag>`.
         return self.folder / "registry" / reference.registry.replace(":", "_") / reference.repository

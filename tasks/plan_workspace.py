@@ -16,7 +16,7 @@ from kaito_flows.workspace.validation import Platform
 def plan(file: WorkspaceFile, platform: Platform) -> Plan:
     """Plan the run; raise `PlanError` when it cannot be done."""
     with stage("plan"):
-        made = plan_workspace(file, platform)
+        made = plan_workspace(file, platform, gpus=file.workspace.gpus)
         for note in made.notes:
             log(note)
         _show(made)

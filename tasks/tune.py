@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from prefect import task
@@ -12,13 +11,18 @@ from prefect.cache_policies import NO_CACHE
 
 from kaito_flows.dataset import PreparedDataset
 from kaito_flows.errors import ImageError
-from kaito_flows.nodes import NodeLease
-from kaito_flows.oci.images import Image, open_image, read_file
+from kaito_flows.nodes import NodeLease, NodeProvider, NodeRequest
+from kaito_flows.oci.images import Image, find_image, read_file
+from kaito_flows.oci.repository import Repository
 from kaito_flows.planning.plan import Plan
-from kaito_flows.platforms import Event, JobSpec, Platform
+from kaito_flows.platforms import Event, JobSpec, Placement, Platform
+from kaito_flows.settings import Settings
 from kaito_flows.tasks.artifacts import ProgressArtifact
 from kaito_flows.tasks.progress import log, relay, stage, tell
 from kaito_flows.tasks.retries import RETRY_DELAYS, is_retryable
+from kaito_flows.tasks.storage import push_secrets, repository_of
+from kaito_flows.tasks.weights import weights_of
+from kaito_flows.workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,53 +43,92 @@ class TunedAdapter:
     retry_delay_seconds=RETRY_DELAYS,
     retry_condition_fn=is_retryable,
 )
-def tune(plan: Plan, dataset: PreparedDataset, lease: NodeLease, weights: Path, platform: Platform) -> TunedAdapter:
-    """Train, or find the adapter that a run with the same identity has published."""
+def tune(
+    plan: Plan,
+    dataset: PreparedDataset,
+    lease: NodeLease,
+    request: NodeRequest,
+    workspace: Workspace,
+    platform: Platform,
+    nodes: NodeProvider,
+) -> TunedAdapter:
+    """Train, or find the adapter that a run with the same identity has published.
+
+    A lease whose nodes are gone, as it may be when this is tried again, is taken anew.
+    """
     with stage("tune", doing=plan.method):
         platform.check_known(plan.workspace)
-        output = f"oci:{dataset.image.layout.root}:run-{plan.identity[:12]}"
-        if (found := _published(output, plan.identity)) is not None:
+        repository = repository_of(workspace, platform)
+        tag = f"run-{plan.identity[:12]}"
+        if (found := published(repository, tag, plan.identity)) is not None:
             log(f"already tuned with the same inputs: {found.digest}")
             tell("tune", "reused", digest=found.digest)
             return TunedAdapter(found, *_measured(found), reused=True)
+        if not nodes.alive(lease):
+            lease = nodes.lease(request)
+            tell("tune", "leased", nodes=list(lease.nodes))
+        log(f"training on {', '.join(lease.nodes)}")
+        placement = Placement(lease.nodes, request.gpus, request.count)
+        spec = job_of(plan, dataset, placement, workspace, platform, repository, tag)
         progress = ProgressArtifact("tuning-progress", f"Training of {plan.workspace}")
         pass_on = relay("tune")
 
         def on_event(event: Event) -> None:
             pass_on(event)
-            if event["event"] == "progress":
+            if event["event"] == "progress" and "total" in event:
                 progress.update(event["step"], event["total"])
 
-        log(f"training on {', '.join(lease.nodes)}")
-        spec = JobSpec(
-            name=f"tune-{plan.identity[:12]}",
-            workspace=plan.workspace,
-            program="tuner",
-            arguments={
-                "version": 1,
-                "workspace": plan.workspace,
-                "identity": plan.identity,
-                "method": plan.method,
-                "model": plan.model,
-                "dataset": dataset.image.reference,
-                "output": output,
-            },
-            files={"mnt/config/training_config.yaml": plan.config_yaml},
-            links={"workspace/weights": weights},
-        )
         platform.run_job(spec, on_event)
-        image = open_image(output)
+        image = find_image(repository_of(workspace, platform), tag)
         platform.forget_job(spec)
         return TunedAdapter(image, *_measured(image), reused=False)
 
 
-def _published(output: str, identity: str) -> Image | None:
+def job_of(
+    plan: Plan,
+    dataset: PreparedDataset,
+    placement: Placement,
+    workspace: Workspace,
+    platform: Platform,
+    repository: Repository,
+    tag: str,
+) -> JobSpec:
+    """The tuning job of a plan, whose adapter goes under that tag."""
+    arguments: dict[str, Any] = {
+        "version": 1,
+        "workspace": plan.workspace,
+        "identity": plan.identity,
+        "method": plan.method,
+        "model": plan.model,
+        "dataset": dataset.image.reference,
+        "output": repository.reference(tag),
+        "shard": plan.shard,
+    }
+    if platform.kind == "kubernetes":
+        # A pod's folder goes with the pod: what it would go on from lies in the registry.
+        arguments["checkpoints"] = repository.reference(f"checkpoint-{plan.identity[:12]}")
+        arguments["checkpoint_seconds"] = Settings().checkpoint_seconds
+    return JobSpec(
+        name=f"tune-{plan.workspace}-{plan.identity[:12]}",
+        workspace=plan.workspace,
+        program="tuner",
+        arguments=arguments,
+        files={"mnt/config/training_config.yaml": plan.config_yaml},
+        weights=weights_of(plan, workspace),
+        placement=placement,
+        secrets=push_secrets(workspace),
+        expected_seconds=plan.seconds,
+    )
+
+
+def published(repository: Repository, tag: str, identity: str) -> Image | None:
+    """Return the whole adapter that a run with that identity has published, if there is one."""
     try:
-        image = open_image(output)
+        image = find_image(repository, tag)
     except ImageError:
         return None
     same = image.annotations.get("io.kaito-flows.identity") == identity
-    return image if same and image.layout.has(image.digest) else None
+    return image if same and repository.has(image.digest) else None
 
 
 def _measured(image: Image) -> tuple[dict[str, Any], tuple[Event, ...]]:

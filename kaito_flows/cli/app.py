@@ -13,11 +13,15 @@ import typer
 
 from kaito_flows import __version__
 from kaito_flows.cli import failures, output
+from kaito_flows.cli.watch import watch
 from kaito_flows.errors import InputError, KaitoFlowsError, WorkspaceError
 
 if TYPE_CHECKING:
+    from kaito_flows.planning.place import Platform as PlatformKind
     from kaito_flows.planning.plan import Plan
-    from kaito_flows.platforms.local import LocalPlatform
+    from kaito_flows.planning.serving import ServingPlan
+    from kaito_flows.platforms import Platform
+    from kaito_flows.settings import Settings
     from kaito_flows.workspace import WorkspaceFile
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -33,6 +37,10 @@ app = typer.Typer(
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A YAML file with a Workspace (and its ConfigMap).")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The Workspace's name.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
+Namespace = Annotated[
+    str,
+    typer.Option("-n", "--namespace", help="A namespace of the cluster (means Kubernetes)."),
+]
 Port = Annotated[int | None, typer.Option("--port", min=1, max=65535, help="The service's port; default: a free one.")]
 
 
@@ -68,7 +76,7 @@ def validate(file: File, as_json: AsJson = False) -> None:
     """Check a Workspace file, and name every fault at once."""
     from kaito_flows.workspace import load_workspace
 
-    loaded = load_workspace(file, "local")
+    loaded = load_workspace(file, _settings().platform)
     workspace = loaded.workspace
     if as_json:
         warnings = [str(fault) for fault in loaded.placeholders]
@@ -93,15 +101,22 @@ def plan(
     Memory, the GPU sizes that fit, their price; with --data also steps, time, cost and the run's identity.
     """
     from kaito_flows.planning.plan import plan_workspace
+    from kaito_flows.planning.serving import plan_serving
     from kaito_flows.workspace import load_workspace
 
     if platform not in ("", "local", "kubernetes"):
         raise InputError(f"{platform!r} is no platform", place="--platform", hint="local or kubernetes")
     loaded = load_workspace(file, "kubernetes" if platform == "kubernetes" else "local")
     sized = bool(loaded.workspace.resource.instance_type)
-    made = plan_workspace(loaded, "kubernetes" if platform == "kubernetes" or (sized and not platform) else "local")
-    if data:
-        made = _with_data(loaded, made)
+    there: PlatformKind = "kubernetes" if platform == "kubernetes" or (sized and not platform) else "local"
+    made: Plan | ServingPlan
+    if loaded.workspace.tuning is None:
+        made = plan_serving(loaded, there)
+        if data:
+            raise InputError("a service has no data to prepare", place="--data", code="not-supported")
+    else:
+        made = plan_workspace(loaded, there)
+        made = _with_data(loaded, made) if data else made
     if as_json:
         output.json_facts(made.as_dict())
         return
@@ -119,18 +134,26 @@ def tune(
     print_parameters: Annotated[
         bool, typer.Option("--print-parameters", help="Only print the flow's parameters, for a deployment.")
     ] = False,
+    namespace: Namespace = "",
 ) -> None:
-    """Tune, publish and serve a Workspace on this machine."""
+    """Tune, publish and serve a Workspace.
+
+    On this machine; with --namespace or KAITO_FLOWS_PLATFORM=kubernetes, in the cluster of the kubeconfig.
+    """
     from kaito_flows.workspace import load_workspace
 
-    loaded = load_workspace(file, "local")
+    if namespace:
+        os.environ["KAITO_FLOWS_PLATFORM"] = "kubernetes"  # the flow has its settings from there
+    loaded = load_workspace(file, _settings().platform)
+    if namespace:
+        loaded.workspace.metadata.namespace = namespace
     if loaded.placeholders:
         raise WorkspaceError(loaded.placeholders, source=str(file))
     parameters = loaded.as_parameters() | ({} if serve is None else {"serve": serve}) | ({"port": port} if port else {})
     if print_parameters:
         output.json_facts(parameters)
         return
-    platform = _platform()
+    platform = _platform(loaded.workspace.namespace)
     _quiet_prefect()
     from prefect.settings import get_current_settings
 
@@ -158,25 +181,29 @@ def tune(
 def status(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One Workspace; default: all.")] = None,
     as_json: AsJson = False,
+    watch: Annotated[bool, typer.Option("-w", "--watch", help="Go on, with a line for each change.")] = False,
+    namespace: Namespace = "",
 ) -> None:
     """Show what is known of Workspaces, with KAITO's columns."""
-    from kaito_flows.workspace.status import WorkspaceStatus, columns
+    from kaito_flows.workspace.status import columns
 
-    platform = _platform()
+    platform = _platform(namespace)
     found = platform.statuses() if name is None else [s for s in [platform.read_status(_known(name))] if s]
     if name is not None and not found:
         raise _not_known(name)
-    services = {str(s["name"]): platform.service(str(s["name"])) for s in found}
-    if as_json:
-        output.json_facts([{**s, "service_url": _url(services[s["name"]])} for s in found])
+    if watch:
+        output.follow(platform.watch_statuses(name or ""))
         return
-    statuses = [WorkspaceStatus.from_dict(s) for s in found]
-    for version in sorted({s.api_version for s in statuses}):
-        output.table([columns(s) for s in statuses if s.api_version == version])
-    if not statuses:
-        output.line("no Workspaces on this machine")
+    services = {s.name: platform.service(s.name) for s in found} if as_json or name is not None else {}
+    if as_json:
+        output.json_facts([{**s.as_dict(), "service_url": _url(services[s.name])} for s in found])
+        return
+    for version in sorted({s.api_version for s in found}):
+        output.table([columns(s) for s in found if s.api_version == version])
+    if not found:
+        output.line("no Workspaces on this machine" if platform.kind == "local" else "no Workspaces in the namespace")
     if name is not None:
-        conditions = statuses[0].conditions.values()
+        conditions = found[0].conditions.values()
         rows = [{"item": c.type, "value": f"{c.status:<7} {c.reason} {c.message}".rstrip()} for c in conditions]
         output.pairs([*rows, {"item": "service", "value": _url(services[name]) or "not up"}])
 
@@ -189,13 +216,15 @@ def chat(
     base: Annotated[bool, typer.Option("--base", help="Ask the base model, without the adapter.")] = False,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="The longest answer.")] = 256,
     as_json: AsJson = False,
+    namespace: Namespace = "",
 ) -> None:
     """Talk to a tuned model, or to its base."""
     from kaito_flows.chat import ask
 
     if as_json and prompt is None:
         raise InputError("needs a PROMPT", place="--json", hint="a conversation is for a terminal", code="usage")
-    service = _platform().service(_known(name))
+    platform = _platform(namespace)
+    service = platform.service(_known(name))
     if service is None:
         raise InputError(
             "no service of this Workspace is up",
@@ -205,29 +234,30 @@ def chat(
         )
     model = service.models[0] if base else service.models[-1]
     messages = [{"role": "system", "content": system}] if system else []
-    if prompt is not None:
-        answer = ask(service.url, model, [*messages, {"role": "user", "content": prompt}], max_tokens=max_tokens)
-        facts = {"model": model, "prompt": prompt, "answer": answer, "url": service.url}
-        if as_json:
-            output.json_facts(facts)
-        else:
+    with platform.client(service) as http:
+        if prompt is not None:
+            answer = ask(http, model, [*messages, {"role": "user", "content": prompt}], max_tokens=max_tokens)
+            facts = {"model": model, "prompt": prompt, "answer": answer, "url": service.url}
+            if as_json:
+                output.json_facts(facts)
+            else:
+                _say(answer)
+            return
+        output.line(f"{model} at {service.url}; an empty line ends")
+        while text := _read():
+            messages.append({"role": "user", "content": text})
+            answer = ask(http, model, messages, max_tokens=max_tokens)
+            messages.append({"role": "assistant", "content": answer})
             _say(answer)
-        return
-    output.line(f"{model} at {service.url}; an empty line ends")
-    while text := _read():
-        messages.append({"role": "user", "content": text})
-        answer = ask(service.url, model, messages, max_tokens=max_tokens)
-        messages.append({"role": "assistant", "content": answer})
-        _say(answer)
 
 
 @app.command()
-def delete(name: Name, as_json: AsJson = False) -> None:
+def delete(name: Name, as_json: AsJson = False, namespace: Namespace = "") -> None:
     """Stop a Workspace's jobs and service, and forget it.
 
     Published images stay.
     """
-    platform = _platform()
+    platform = _platform(namespace)
     known = platform.read_status(_known(name)) is not None or platform.service(name) is not None
     stopped = platform.delete(name)
     if not known and not stopped:
@@ -238,32 +268,44 @@ def delete(name: Name, as_json: AsJson = False) -> None:
         output.line(f"deleted {name}" + (f": stopped {', '.join(stopped)}" if stopped else ""))
 
 
+app.command()(watch)
+
+
 def _with_data(loaded: WorkspaceFile, made: Plan) -> Plan:
     """Prepare the dataset as a run would, and refine the plan by it; the run then finds it."""
     from kaito_flows.dataset import DatasetParameters, fetch, prepare_dataset
     from kaito_flows.planning.plan import DatasetFacts
+    from kaito_flows.tasks.weights import weights_of
 
     tuning, platform = loaded.workspace.tuning, _platform()
     if tuning is None or not tuning.input.urls or not tuning.output.image:
         raise InputError("only data behind input.urls can be prepared here", place="--data", code="not-supported")
-    source = made.preset.source.model_dump(mode="json", exclude_none=True)
-    folder = platform.ensure_weights(made.preset.name, source, lambda event: None)
+    folder = platform.ensure_weights(weights_of(made, loaded.workspace), lambda event: None)
     files = fetch(tuning.input.urls, platform.downloads, allow_files=True)
-    layout = platform.repository(tuning.output.image)
-    dataset = prepare_dataset(files, folder, DatasetParameters.from_config(made.config), layout)
+    repository = platform.repository(tuning.output.image)
+    dataset = prepare_dataset(files, folder, DatasetParameters.from_config(made.config), repository)
     return made.with_dataset(DatasetFacts.of(dataset.image.digest, dataset.facts))
 
 
-def _platform() -> LocalPlatform:
+def _settings() -> Settings:
     from pydantic import ValidationError
 
-    from kaito_flows.platforms.local import LocalPlatform
     from kaito_flows.settings import Settings
 
     try:
-        return LocalPlatform(Settings())
+        return Settings()
     except ValidationError as exc:
         raise failures.from_settings(exc) from exc
+
+
+def _platform(namespace: str = "") -> Platform:
+    """The platform of the settings; who names a namespace means the cluster."""
+    from kaito_flows.platforms import open_platform
+
+    settings = _settings()
+    if namespace and settings.platform == "local" and "KAITO_FLOWS_PLATFORM" not in os.environ:
+        settings = settings.model_copy(update={"platform": "kubernetes"})
+    return open_platform(settings, namespace)
 
 
 def _known(name: str) -> str:

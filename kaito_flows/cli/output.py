@@ -9,13 +9,15 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from kaito_flows.errors import KaitoFlowsError, WorkspaceError
+from kaito_flows.workspace.status import WORKSPACE_SUCCEEDED, WorkspaceStatus
 
 _ENDLESS = 1_000_000
 _JOINED = "\N{NO-BREAK SPACE}"
@@ -64,6 +66,21 @@ def table(rows: Sequence[Mapping[str, str]]) -> None:
         line("   ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
 
 
+def follow(statuses: Iterable[WorkspaceStatus]) -> None:
+    """Print a line for each status that says something new: when, who, in which state, and what it does or was."""
+    before: dict[str, str] = {}
+    for status in statuses:
+        succeeded = status.conditions.get(WORKSPACE_SUCCEEDED)
+        said = (succeeded.message or succeeded.reason) if succeeded else ""
+        if status.state == "Succeeded":
+            said = str((status.facts.get("service") or {}).get("url", ""))
+        elif status.state == "Running" and "step" in status.facts:
+            said += f", step {status.facts['step']} of {status.facts['steps']}, loss {status.facts['loss']}"
+        if before.get(status.name) != (text := f"{status.name}  {status.state}  {said}".rstrip()):
+            before[status.name] = text
+            line(f"{datetime.now():%H:%M:%S}  {text}")
+
+
 def pairs(rows: Sequence[Mapping[str, str]], *, title: str = "") -> None:
     """Print rows of an item and its value, the values in one column."""
     if title:
@@ -92,6 +109,7 @@ def summary(facts: Mapping[str, Any]) -> None:
     """Print what a run came to: the adapter, the proof, the answers, and how to go on."""
     adapter, name = facts["adapter"], facts["workspace"]
     program = _program("kaito-flows")
+    place = f" -n {facts['namespace']}" if facts.get("namespace") else ""
     evaluation = facts["metrics"]["evaluation"]
     before, after = evaluation.get("before"), evaluation.get("after")
     line()
@@ -110,10 +128,10 @@ def summary(facts: Mapping[str, Any]) -> None:
         line()
         # Commands stay on one line each, however long: they are to be copied.
         option = f" --system {shlex.quote(system)}" if system else ""
-        line(f"chat     {program} chat {name}{option} {shlex.quote(asked)}")
+        line(f"chat     {program} chat {name}{place}{option} {shlex.quote(asked)}")
         line(f"or       curl {facts['service']['url']}/chat -H 'Content-Type: application/json' \\")
         line(f"           -d {shlex.quote(json.dumps({'messages': answers['messages']}))}")
-        line(f"stop     {program} delete {name}")
+        line(f"stop     {program} delete {name}{place}")
     for text in _where_to_look(facts["flow_run_id"]):
         line(text)
     times = (f"{stage} {seconds:.1f} s".replace(" ", _JOINED) for stage, seconds in facts["seconds"].items())

@@ -7,23 +7,52 @@ with an exit code that `kaito_flows.errors` knows. Jobs and services have names 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from kaito_flows.oci.layout import Layout
+import httpx
+
+from kaito_flows.oci.repository import Repository
+from kaito_flows.workspace import Workspace
+from kaito_flows.workspace.status import WorkspaceStatus
 
 Event = dict[str, Any]
 """One line that a job printed: `event` says of which kind, the other keys are its facts."""
 
 
 @dataclass(frozen=True, slots=True)
+class Weights:
+    """A base model: its preset's name, where it comes from, how large, and the Secrets that open the place.
+
+    `secret` is the one with `HF_TOKEN`, `pull_secrets` are those for an image's registry. A job that has a base model
+    finds it at `workspace/weights` under its root.
+    """
+
+    preset: str
+    source: Mapping[str, Any]
+    bytes: int
+    secret: str = ""
+    pull_secrets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a job or service runs: on one of `nodes` (none: on any), in `count` pods with `gpus` GPUs each."""
+
+    nodes: tuple[str, ...] = ()
+    gpus: int = 0
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class JobSpec:
     """A job: its name, its program, what its job file says, and what lies under its root before it starts.
 
-    `files` and `links` map paths relative to the root (`mnt/config/training_config.yaml`) to a text, or to a folder
-    that appears there (`workspace/weights`).
+    `files` maps paths relative to the root (`mnt/config/training_config.yaml`) to texts. `secrets` names Secrets for
+    registries, `volumes` maps absolute paths to Kubernetes volume sources, for reading unless `writes_volumes` says so;
+    `expected_seconds` is what the plan says.
     """
 
     name: str
@@ -31,16 +60,26 @@ class JobSpec:
     program: str
     arguments: Mapping[str, Any]
     files: Mapping[str, str] = field(default_factory=dict)
-    links: Mapping[str, Path] = field(default_factory=dict)
+    weights: Weights | None = None
+    placement: Placement = Placement()
+    secrets: tuple[str, ...] = ()
+    volumes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    writes_volumes: bool = False
+    expected_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceSpec:
-    """A service: a job that stays up; `revision` names what it serves, and a new one replaces the old."""
+    """A service: a job that stays up; `revision` names what it serves, and a new one replaces the old.
+
+    `public` asks for an address outside of the cluster. With `template`, a pod template, the Workspace brings its own.
+    """
 
     job: JobSpec
     revision: str
     port: int | None = None
+    public: bool = False
+    template: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +96,42 @@ class Service:
 class Platform(Protocol):
     """Runs jobs and services; flows and tasks do not know which platform they have."""
 
-    def repository(self, image: str) -> Layout:
-        """Return the repository that an image reference of a Workspace names.
+    kind: Literal["local", "kubernetes"]
+
+    def begin(self, workspace: Workspace) -> None:
+        """Make the Workspace known, if it is not; what is made for it from now on belongs to it.
+
+        Raises:
+            RunError: (code `workspace-changed`) it was changed since this run was started.
+        """
+        ...
+
+    def config_text(self, name: str, key: str) -> str | None:
+        """Return what a ConfigMap that the Workspace names holds under the key; None where there are no ConfigMaps.
+
+        Raises:
+            InputError: (code `config-map-not-found`) no such ConfigMap, or no such key in it.
+        """
+        ...
+
+    def check_secrets(self, names: Sequence[str], *, hub: str = "") -> None:
+        """See that each Secret for a registry is there, and is one, and that the Secret `hub` holds `HF_TOKEN`.
+
+        Raises:
+            InputError: (codes `secret-not-found`, `invalid-secret`).
+        """
+        ...
+
+    def check_output(self, workspace: str, image: str) -> None:
+        """See that the tag to which the Workspace publishes is no other Workspace's.
+
+        Raises:
+            InputError: (code `output-taken`).
+        """
+        ...
+
+    def repository(self, image: str, secrets: Sequence[str] = ()) -> Repository:
+        """Return the repository that an image reference of a Workspace names, with what the Secrets say for it.
 
         Raises:
             ImageError: it is no image reference.
@@ -78,20 +151,20 @@ class Platform(Protocol):
         """Run the job to its end, or follow the one that already runs; return its `completed` event.
 
         Raises:
-            KaitoFlowsError: the class that its exit code stands for.
+            KaitoFlowsError: the class that its exit code stands for, or what became of its pod.
         """
         ...
 
-    def ensure_weights(self, preset: str, source: Mapping[str, Any], on_event: Callable[[Event], None]) -> Path:
-        """Return a folder with the preset's tokenizer and, where jobs run on this machine, its weights.
+    def ensure_weights(self, weights: Weights, on_event: Callable[[Event], None]) -> Path:
+        """Return a folder with the model's tokenizer and, where jobs run on this machine, its weights.
 
         Raises:
             WeightsError: the source cannot be had, or is not what the preset says.
         """
         ...
 
-    def has_weights(self, preset: str, source: Mapping[str, Any]) -> bool:
-        """Whether `ensure_weights` has nothing to do."""
+    def has_weights(self, weights: Weights) -> bool:
+        """Whether `ensure_weights` writes nothing large."""
         ...
 
     def forget_job(self, spec: JobSpec) -> None:
@@ -111,8 +184,15 @@ class Platform(Protocol):
         """
         ...
 
-    def ensure_service(self, spec: ServiceSpec, probe: Callable[[Service], None]) -> Service:
+    def ensure_service(
+        self,
+        spec: ServiceSpec,
+        probe: Callable[[Service, httpx.Client], None],
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> Service:
         """Bring the service up and hand it to `probe`; the old revision stays until `probe` is satisfied.
+
+        `on_event` is told what it waits for.
 
         Raises:
             ServiceError: it did not come up.
@@ -124,19 +204,35 @@ class Platform(Protocol):
         """The workspace's service, if it is up."""
         ...
 
-    def read_status(self, workspace: str) -> Event | None:
+    def client(self, service: Service) -> httpx.Client:
+        """An HTTP client whose base address is the service, from wherever this is called."""
+        ...
+
+    def read_status(self, workspace: str) -> WorkspaceStatus | None:
         """What was last written of the workspace."""
         ...
 
-    def write_status(self, workspace: str, status: Mapping[str, Any]) -> None:
+    def statuses(self) -> list[WorkspaceStatus]:
+        """What was last written of every workspace, by name."""
+        ...
+
+    def watch_statuses(self, workspace: str = "") -> Iterator[WorkspaceStatus]:
+        """Yield the status of one workspace or of all, and then again whenever one changes, without an end."""
+        ...
+
+    def write_status(self, status: WorkspaceStatus) -> None:
         """Remember the status of the workspace."""
         ...
 
+    def record(self, workspace: str, reason: str, message: str, *, warning: bool = False) -> None:
+        """Tell whoever looks at the workspace what happened to it, where there is a place for that."""
+        ...
+
     def check_known(self, workspace: str) -> None:
-        """Raise if the workspace was deleted: who still works for it is to stop.
+        """Raise if the workspace was deleted or changed: who still works for it is to stop.
 
         Raises:
-            RunError: (code `workspace-deleted`) nothing is known of it.
+            RunError: (codes `workspace-deleted`, `workspace-changed`).
         """
         ...
 

@@ -13,9 +13,10 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import httpx
 
@@ -31,10 +32,12 @@ from kaito_flows.errors import (
     from_job_exit,
 )
 from kaito_flows.oci.layout import Layout
-from kaito_flows.platforms.base import Event, JobSpec, Service, ServiceSpec
+from kaito_flows.platforms.base import Event, JobSpec, Service, ServiceSpec, Weights
 from kaito_flows.platforms.processes import KILLED, Process, locked
 from kaito_flows.reference import Reference
 from kaito_flows.settings import Settings
+from kaito_flows.workspace import Workspace
+from kaito_flows.workspace.status import INFERENCE_READY, WorkspaceStatus
 
 FIRST_PORT = 5000
 PREEMPTED = 143
@@ -45,6 +48,8 @@ _ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false",
 class LocalPlatform:
     """Runs jobs and services as processes that outlive their starter; see `Platform` for what each method promises."""
 
+    kind: Literal["local", "kubernetes"] = "local"
+
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.home = settings.folder
@@ -54,13 +59,27 @@ class LocalPlatform:
         """Where downloaded data is kept between runs."""
         return self.home / "cache" / "downloads"
 
-    def repository(self, image: str) -> Layout:
+    def begin(self, workspace: Workspace) -> None:
+        """On this machine the status is all that is known of a Workspace, and the run writes it."""
+        _folder_name(workspace.name)
+
+    def config_text(self, name: str, key: str) -> str | None:
+        """There are no ConfigMaps here: a file's are read with it."""
+        return None
+
+    def check_secrets(self, names: Sequence[str], *, hub: str = "") -> None:
+        """Nothing on this machine has to be unlocked."""
+
+    def check_output(self, workspace: str, image: str) -> None:
+        """On this machine, who runs a Workspace runs it by hand, and sees where it publishes."""
+
+    def repository(self, image: str, secrets: Sequence[str] = ()) -> Layout:
         """Return the folder that stands for the repository of an image reference.
 
         Raises:
             ImageError: it is no image reference.
         """
-        return Layout(self.settings.repository(Reference.parse(image)))
+        return Layout(self.settings.layout(Reference.parse(image)))
 
     def run_job(self, spec: JobSpec, on_event: Callable[[Event], None]) -> Event:
         """Run the job to its end, or follow the one that already runs; return its `completed` event.
@@ -73,35 +92,62 @@ class LocalPlatform:
         """
         return self._run(self._jobs(spec.workspace) / spec.name, spec, on_event)
 
-    def ensure_weights(self, preset: str, source: Mapping[str, Any], on_event: Callable[[Event], None]) -> Path:
+    def ensure_weights(self, weights: Weights, on_event: Callable[[Event], None]) -> Path:
         """Return the folder of the preset's model, made on the first call and shared by all workspaces.
 
         Raises:
             WeightsError: the source cannot be had, or is not what the preset says.
         """
-        root, folder = self._model(preset, source)
+        root, folder = self._model(weights)
         # The program writes source.json last.
         if (folder / "source.json").exists():
             return folder
         (root / "exit").unlink(missing_ok=True)
-        arguments = {"version": 1, "source": source, "cache": str(self.home / "cache" / "packages")}
+        arguments = {"version": 1, "source": weights.source, "cache": str(self.home / "cache" / "packages")}
         try:
-            self._run(root, JobSpec(f"weights-{preset}", preset, "weights", arguments), on_event)
+            self._run(root, JobSpec(f"weights-{weights.preset}", weights.preset, "weights", arguments), on_event)
         except BaseException:
             # It is no workspace's job that `stop_jobs` would find; another run that waits for it starts it again.
             Process(root).stop()
             raise
         return folder
 
-    def has_weights(self, preset: str, source: Mapping[str, Any]) -> bool:
-        """Whether `ensure_weights` has nothing to do."""
-        return (self._model(preset, source)[1] / "source.json").exists()
+    def ensure_tokenizer(
+        self, weights: Weights, on_event: Callable[[Event], None], environment: Mapping[str, str] = MappingProxyType({})
+    ) -> Path:
+        """Return a folder with the tokenizer alone, for data that is prepared for pods.
 
-    def _model(self, preset: str, source: Mapping[str, Any]) -> tuple[Path, Path]:
-        root = self.home / "models" / f"{preset}-{canonical_digest(source)[:12]}"
+        `environment` says where the Hub's token and the logins of registries are, if not where this user has them.
+
+        Raises:
+            WeightsError: the source cannot be had.
+        """
+        root = self.home / "tokenizers" / f"{weights.preset}-{canonical_digest(dict(weights.source))[:12]}"
+        folder = root / "workspace" / "weights"
+        if (folder / "source.json").exists():
+            return folder
+        cache = str(self.home / "cache" / "packages")
+        arguments = {"version": 1, "source": weights.source, "cache": cache, "parts": "tokenizer"}
+        job = JobSpec(f"tokenizer-{weights.preset}", weights.preset, "weights", arguments)
+        (root / "exit").unlink(missing_ok=True)
+        self._run(root, job, on_event, environment)
+        return folder
+
+    def has_weights(self, weights: Weights) -> bool:
+        """Whether `ensure_weights` has nothing to do."""
+        return (self._model(weights)[1] / "source.json").exists()
+
+    def _model(self, weights: Weights) -> tuple[Path, Path]:
+        root = self.home / "models" / f"{weights.preset}-{canonical_digest(dict(weights.source))[:12]}"
         return root, root / "workspace" / "weights"
 
-    def _run(self, folder: Path, spec: JobSpec, on_event: Callable[[Event], None]) -> Event:
+    def _run(
+        self,
+        folder: Path,
+        spec: JobSpec,
+        on_event: Callable[[Event], None],
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> Event:
         job = {**spec.arguments, "root": str(folder)}
         with locked(folder):
             process = Process(folder)
@@ -109,8 +155,9 @@ class LocalPlatform:
             if process.running and not same:
                 process.stop()
             if not process.running and not (same and process.exit_code == 0):
-                _furnish(folder, spec)
-                process.start(_module(spec), job, _ENVIRONMENT, secrets=spec.program == "weights")
+                self._furnish(folder, spec)
+                environment = {**_ENVIRONMENT, **environment}
+                process.start(_module(spec), job, environment, secrets=spec.program == "weights")
         last: Event = {}
         for event in process.events():
             last = event
@@ -151,7 +198,12 @@ class LocalPlatform:
                 hint="choose another with --port or KAITO_FLOWS_SERVE_PORT, or stop that process",
             )
 
-    def ensure_service(self, spec: ServiceSpec, probe: Callable[[Service], None]) -> Service:
+    def ensure_service(
+        self,
+        spec: ServiceSpec,
+        probe: Callable[[Service, httpx.Client], None],
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> Service:
         """Bring the service up and hand it to `probe`; the old revision stays until `probe` is satisfied.
 
         One that is up with the same revision is taken, if it satisfies the probe. With a port asked for by number, old
@@ -166,7 +218,7 @@ class LocalPlatform:
             current = self.service(workspace)
             if current and current.revision == spec.revision and spec.port in (None, _port_of(current)):
                 try:
-                    probe(current)
+                    self._probe(current, probe)
                 except ServiceError:
                     Process(home / current.revision).stop()
                 else:
@@ -177,7 +229,7 @@ class LocalPlatform:
             self.check_service(workspace, spec.port)
             service = self._bring_up(home / spec.revision, spec)
             try:
-                probe(service)
+                self._probe(service, probe)
                 with disk_errors(home):
                     partial = home / "current.partial"
                     partial.write_text(spec.revision)
@@ -194,7 +246,7 @@ class LocalPlatform:
             port = spec.port or _free_port(host, first)
             process = Process(folder)
             process.stop()
-            _furnish(folder, spec.job)
+            self._furnish(folder, spec.job)
             job = {**spec.job.arguments, "root": str(folder), "host": host, "port": port}
             process.start(_module(spec.job), job, _ENVIRONMENT)
             try:
@@ -217,32 +269,52 @@ class LocalPlatform:
                 return Service(workspace, _url(event), tuple(event["models"]), folder.name, adopted=True)
         return None
 
-    def read_status(self, workspace: str) -> Event | None:
+    def client(self, service: Service) -> httpx.Client:
+        """An HTTP client whose base address is the service."""
+        return httpx.Client(base_url=service.url)
+
+    def _probe(self, service: Service, probe: Callable[[Service, httpx.Client], None]) -> None:
+        with self.client(service) as http:
+            probe(service, http)
+
+    def read_status(self, workspace: str) -> WorkspaceStatus | None:
         """What was last written of the workspace."""
         with contextlib.suppress(FileNotFoundError):
-            status: Event = json.loads(self._status_path(workspace).read_bytes())
-            ready = status.get("conditions", {}).get("InferenceReady", {})
-            if ready.get("status") == "True" and self.service(workspace) is None:
-                ready.update(status="False", reason="WorkspaceInferenceStatusPending", message="the service is not up")
+            status = WorkspaceStatus.from_dict(json.loads(self._status_path(workspace).read_bytes()))
+            if status.value(INFERENCE_READY) == "True" and self.service(workspace) is None:
+                status.set(INFERENCE_READY, "False", "WorkspaceInferenceStatusPending", "the service is not up")
             return status
         return None
 
-    def statuses(self) -> list[Event]:
+    def statuses(self) -> list[WorkspaceStatus]:
         """The status of every workspace that this machine knows, by name."""
         names = sorted(path.stem for path in (self.home / "workspaces").glob("*.json"))
-        return [status for name in names if (status := self.read_status(name))]
+        return [status for name in names if (status := self.read_status(name)) is not None]
 
-    def write_status(self, workspace: str, status: Mapping[str, Any]) -> None:
+    def watch_statuses(self, workspace: str = "") -> Iterator[WorkspaceStatus]:
+        """Yield the status of one workspace or of all, and then again whenever one changes, without an end."""
+        seen: dict[str, WorkspaceStatus] = {}
+        while True:
+            for status in self.statuses():
+                if workspace in ("", status.name) and seen.get(status.name) != status:
+                    seen[status.name] = status
+                    yield status
+            time.sleep(1.0)
+
+    def write_status(self, status: WorkspaceStatus) -> None:
         """Remember the status of the workspace, whole or not at all."""
-        path = self._status_path(workspace)
+        path = self._status_path(status.name)
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
             try:
-                partial.write_text(json.dumps(status, indent=1))
+                partial.write_text(json.dumps(status.as_dict(), indent=1))
                 partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)
+
+    def record(self, workspace: str, reason: str, message: str, *, warning: bool = False) -> None:
+        """On this machine the status says it all."""
 
     def check_known(self, workspace: str) -> None:
         """Raise if the workspace was deleted: who still works for it is to stop.
@@ -271,6 +343,19 @@ class LocalPlatform:
                 shutil.rmtree(services, ignore_errors=True)
         shutil.rmtree(jobs, ignore_errors=True)
         return stopped
+
+    def _furnish(self, folder: Path, spec: JobSpec) -> None:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, text in spec.files.items():
+                path = folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+            if spec.weights is not None:
+                path = folder / "workspace" / "weights"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.unlink(missing_ok=True)
+                path.symlink_to(self._model(spec.weights)[1])
 
     def free_bytes(self) -> int:
         """Bytes that are free where this platform keeps its files."""
@@ -337,20 +422,6 @@ def _same_job(folder: Path, job: Mapping[str, Any]) -> bool:
         return bool(json.loads((folder / "job.json").read_bytes()) == json.loads(json.dumps(job)))
     except (OSError, ValueError):
         return False
-
-
-def _furnish(folder: Path, spec: JobSpec) -> None:
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in spec.files.items():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        for name, target in spec.links.items():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
-            path.symlink_to(target)
 
 
 def _read_events(folder: Path) -> Iterator[Event]:

@@ -33,7 +33,7 @@ def platform(home: Path) -> Iterator[LocalPlatform]:
     platform = LocalPlatform(Settings())
     yield platform
     for status in platform.statuses():
-        platform.delete(status["name"])
+        platform.delete(status.name)
 
 
 def run(path: Path, **parameters: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -73,7 +73,7 @@ def test_a_workspace_is_tuned_published_served_and_answers(
 
     status = platform.read_status("tiny")
     assert status is not None
-    conditions = {name: c["status"] for name, c in status["conditions"].items()}
+    conditions = {name: c.status for name, c in status.conditions.items()}
     assert conditions == dict.fromkeys(("ResourceReady", "JobStarted", "InferenceReady", "WorkspaceSucceeded"), "True")
 
 
@@ -154,8 +154,9 @@ def test_the_users_tag_does_not_move_to_an_adapter_that_was_not_proven(
     assert tags["latest"] == proven["adapter"]["digest"]
     status = platform.read_status("tiny")
     assert status is not None
-    assert status["state"] == "Failed"
-    assert "unproven-adapter" in status["conditions"]["WorkspaceSucceeded"]["message"]
+    assert status.state == "Failed"
+    assert status.conditions["WorkspaceSucceeded"].reason == "UnprovenAdapter"
+    assert "unproven-adapter" in status.conditions["WorkspaceSucceeded"].message
 
 
 def test_a_target_that_the_model_does_not_have_is_refused_before_anything_starts(

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from prefect.settings import PREFECT_API_URL
-from prefect.testing.utilities import prefect_test_harness
+from prefect_harness import harness
 
 PROGRAM = Path(sys.executable).with_name("kaito-flows")
 WORDS = ("red", "green", "blue", "black", "white", "brown", "grey", "pink")
@@ -122,7 +122,7 @@ class Terminal:
 @pytest.fixture(scope="session")
 def prefect_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A Prefect server for all commands, so that none has to bring up its own."""
-    with prefect_test_harness(server_startup_timeout=120):
+    with harness():
         yield {
             "PREFECT_API_URL": str(PREFECT_API_URL.value()),
             "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),

@@ -90,6 +90,30 @@ def test_plan_says_what_it_takes_and_starts_nothing(command: Any, make_workspace
     assert not command.home.exists()
 
 
+def test_plan_of_a_service_says_what_it_takes_while_it_serves(command: Any, tmp_path: Path) -> None:
+    path = tmp_path / "w.yaml"
+    path.write_text(
+        """\
+apiVersion: kaito.sh/v1beta1
+kind: Workspace
+metadata: {name: serving}
+resource: {instanceType: Standard_NC24ads_A100_v4, labelSelector: {matchLabels: {a: b}}}
+inference:
+  preset: {name: phi-3-mini-4k-instruct}
+  adapters: [{source: {name: glosses, image: r.io/glosses:1}, strength: "0.5"}]
+"""
+    )
+    done = command("plan", path)
+    assert done.returncode == 0
+    assert done.stdout.startswith("Plan of serving\n")
+    assert re.search(r"^  length  +4,096 tokens", done.stdout, re.MULTILINE)
+    assert re.search(r"^  price  +3\.67 USD/h .*, for as long as it serves$", done.stdout, re.MULTILINE)
+    assert command.facts("plan", path)["adapters"] == ["glosses"]
+    done = command("plan", path, "--data")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "a service has no data to prepare" in done.stderr
+
+
 def test_print_parameters_gives_what_a_deployment_takes(command: Any, make_workspace: MakeWorkspace) -> None:
     done = command("tune", make_workspace(), "--print-parameters", "--no-serve", "--port", "5123")
     assert (done.returncode, done.stderr) == (0, "")

@@ -25,9 +25,10 @@ from kaito_flows.errors import (
     RunError,
     ServiceError,
 )
-from kaito_flows.platforms import JobSpec, LocalPlatform, Service, ServiceSpec, local
+from kaito_flows.platforms import JobSpec, LocalPlatform, Service, ServiceSpec, Weights, local
 from kaito_flows.platforms.processes import Process
 from kaito_flows.settings import Settings
+from kaito_flows.workspace.status import INFERENCE_READY, WorkspaceStatus
 
 # A job that does what its arguments say; a service that answers /health as the real one does.
 PROGRAM = """
@@ -71,6 +72,10 @@ def job(**arguments: Any) -> JobSpec:
     return JobSpec("j", "w", "fixture_program", arguments)
 
 
+def status(name: str) -> WorkspaceStatus:
+    return WorkspaceStatus(name, "kaito.sh/v1beta1", "")
+
+
 def run(platform: LocalPlatform, spec: JobSpec) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     events: list[dict[str, Any]] = []
     return platform.run_job(spec, events.append), events
@@ -86,15 +91,15 @@ def test_a_job_returns_what_it_completed_with(platform: LocalPlatform) -> None:
     assert [e["event"] for e in events] == ["progress", "progress", "completed"]
 
 
-def test_files_and_links_lie_under_its_root_before_it_starts(platform: LocalPlatform, tmp_path: Path) -> None:
-    (tmp_path / "weights").mkdir()
-    spec = JobSpec(
-        "j", "w", "fixture_program", {}, {"mnt/config/c.yaml": "a: 1"}, {"workspace/weights": tmp_path / "weights"}
-    )
+def test_files_and_weights_lie_under_its_root_before_it_starts(platform: LocalPlatform) -> None:
+    weights = Weights("tiny", {"kind": "random", "seed": 0}, 10)
+    spec = JobSpec("j", "w", "fixture_program", {}, {"mnt/config/c.yaml": "a: 1"}, weights)
     run(platform, spec)
     root = platform.home / "jobs/w/j"
     assert (root / "mnt/config/c.yaml").read_text() == "a: 1"
-    assert (root / "workspace/weights").resolve() == tmp_path / "weights"
+    folder = (root / "workspace/weights").readlink()
+    assert folder.parent.parent.parent == platform.home / "models"
+    assert folder.parent.parent.name.startswith("tiny-")
 
 
 def test_a_job_that_ended_well_is_not_run_again(platform: LocalPlatform) -> None:
@@ -200,7 +205,7 @@ def service(revision: str, port: int | None = None, **arguments: Any) -> Service
     return ServiceSpec(JobSpec("s", "w", "fixture_program", {"workspace": "w", **arguments}), revision, port)
 
 
-def satisfied(_: Service) -> None:
+def satisfied(_: Service, http: httpx.Client) -> None:
     """A probe with no demands."""
 
 
@@ -217,7 +222,7 @@ def test_a_service_comes_up_and_is_found(platform: LocalPlatform) -> None:
 
 
 def test_a_new_revision_replaces_the_old_only_when_its_probe_is_satisfied(platform: LocalPlatform) -> None:
-    def refuse(_: Service) -> None:
+    def refuse(_: Service, http: httpx.Client) -> None:
         raise ServiceError("no good answer")
 
     try:
@@ -256,7 +261,7 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts(platform: LocalP
 def test_deleting_a_workspace_stops_and_forgets_everything(platform: LocalPlatform) -> None:
     run(platform, job())
     platform.ensure_service(service("r1"), satisfied)
-    platform.write_status("w", {"name": "w"})
+    platform.write_status(status("w"))
     assert platform.delete("w") == ["service r1"]
     assert platform.service("w") is None
     assert platform.read_status("w") is None
@@ -265,11 +270,25 @@ def test_deleting_a_workspace_stops_and_forgets_everything(platform: LocalPlatfo
 
 
 def test_a_status_is_read_back_as_it_was_written(platform: LocalPlatform) -> None:
-    platform.write_status("b", {"name": "b"})
-    platform.write_status("a", {"name": "a", "n": [1]})
-    assert platform.read_status("a") == {"name": "a", "n": [1]}
-    assert [s["name"] for s in platform.statuses()] == ["a", "b"]
-    assert json.loads((platform.home / "workspaces/a.json").read_text())["n"] == [1]
+    written = status("a")
+    written.facts["n"] = [1]
+    written.set(INFERENCE_READY, "False", "r", "m")
+    platform.write_status(status("b"))
+    platform.write_status(written)
+    assert platform.read_status("a") == written
+    assert [s.name for s in platform.statuses()] == ["a", "b"]
+    assert json.loads((platform.home / "workspaces/a.json").read_text())["facts"] == {"n": [1]}
+
+
+def test_who_watches_is_told_of_each_status_once_and_then_of_changes(platform: LocalPlatform) -> None:
+    platform.write_status(status("a"))
+    platform.write_status(status("b"))
+    seen = platform.watch_statuses("b")
+    assert next(seen).state == "Pending"
+    changed = status("b")
+    changed.state = "Running"
+    platform.write_status(changed)
+    assert next(seen).state == "Running"
 
 
 def test_a_service_that_no_longer_satisfies_is_replaced_by_a_new_one(platform: LocalPlatform) -> None:
@@ -277,7 +296,7 @@ def test_a_service_that_no_longer_satisfies_is_replaced_by_a_new_one(platform: L
         old = platform.ensure_service(service("r1"), satisfied)
         asked: list[str] = []
 
-        def not_the_old(up: Service) -> None:
+        def not_the_old(up: Service, http: httpx.Client) -> None:
             asked.append(up.url)
             if len(asked) == 1:
                 raise ServiceError("answers 503")
@@ -315,7 +334,7 @@ def test_a_service_that_was_not_probed_yet_is_not_shown(platform: LocalPlatform)
         platform.ensure_service(service("r9"), satisfied)
         seen: list[str] = []
 
-        def look(_: Service) -> None:
+        def look(_: Service, http: httpx.Client) -> None:
             found = platform.service("w")
             seen.append(found.revision if found else "")
 
@@ -337,24 +356,25 @@ def test_a_name_that_no_workspace_has_makes_no_path(platform: LocalPlatform, nam
         with pytest.raises(InputError, match="is no Workspace's name"):
             call(name)
     with pytest.raises(InputError):
-        platform.write_status(name, {})
+        platform.write_status(status(name))
     assert not platform.home.exists() or not list(platform.home.rglob("*.json"))
 
 
 def test_a_status_does_not_call_a_service_ready_that_is_not_up(platform: LocalPlatform) -> None:
-    condition = {"type": "InferenceReady", "status": "True", "reason": "r", "message": "m"}
-    platform.write_status("w", {"name": "w", "conditions": {"InferenceReady": condition}})
+    ready = status("w")
+    ready.set(INFERENCE_READY, "True", "r", "m")
+    platform.write_status(ready)
     try:
         platform.ensure_service(service("r1"), satisfied)
-        assert platform.statuses()[0]["conditions"]["InferenceReady"]["status"] == "True"
+        assert platform.statuses()[0].value(INFERENCE_READY) == "True"
         Process(platform.home / "services/w/r1").stop()
-        assert platform.statuses()[0]["conditions"]["InferenceReady"]["status"] == "False"
+        assert platform.statuses()[0].value(INFERENCE_READY) == "False"
     finally:
         platform.delete("w")
 
 
 def test_who_works_for_a_deleted_workspace_is_told(platform: LocalPlatform) -> None:
-    platform.write_status("w", {"name": "w"})
+    platform.write_status(status("w"))
     platform.check_known("w")
     platform.delete("w")
     with pytest.raises(RunError, match="workspace-deleted"):
