@@ -8,13 +8,16 @@ import sys
 import zipfile
 from pathlib import Path
 
+# What images are built with is no part of the package.
+RECIPES = {"Dockerfile", "build", "requirements.in", "requirements.txt"}
 ROOTS = ("kaito_flows", "flows", "tasks", "presets", "containers")
 
 
 def main(wheel: Path, folder: Path) -> int:
     """Return 0 when they agree, else print the difference and return 1."""
     tracked = subprocess.run(["git", "ls-files", *ROOTS], capture_output=True, text=True, check=True).stdout.split()
-    wanted = {name if name.startswith("kaito_flows/") else f"kaito_flows/{name}" for name in tracked}
+    packed = [name for name in tracked if Path(name).name not in RECIPES]
+    wanted = {name if name.startswith("kaito_flows/") else f"kaito_flows/{name}" for name in packed}
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
