@@ -1,0 +1,1 @@
+"""Measurements against the numbers that kaito-flows promises; README.md says how each is run."""
