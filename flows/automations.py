@@ -5,7 +5,7 @@
 `crash-zombies`: a run whose heartbeat has stopped is marked as crashed. `resume-crashed`: a crashed run of a Workspace
 is scheduled again, if it is one of a deployment, and takes up the job that is still there. It waits for a while first,
 because the runner and the worker both report a crash, a second apart, and the later report would undo the resumption.
-How often a run may be resumed is the flow's to say (`run_count`).
+How often a run may be resumed is the flow's to say (`run_count`), and the watcher's of one that never comes to run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ANY_RUN = ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}
 # What makes a crashed run none to resume: it goes on already, or somebody has stopped it for good.
 _SETTLED = {
     f"prefect.flow-run.{state}"
-    for state in ("Running", "Scheduled", "AwaitingRetry", "Pending", "Cancelling", "Cancelled")
+    for state in ("Running", "Scheduled", "AwaitingRetry", "Pending", "Cancelling", "Cancelled", "Failed")
 }
 
 

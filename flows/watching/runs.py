@@ -7,19 +7,27 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeVar
 from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType, FlowRunFilterTags
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterEndTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-from prefect.states import Cancelled, Cancelling
+from prefect.states import Cancelled, Cancelling, Failed
 
 from kaito_flows.errors import InputError, KaitoFlowsError, ServiceError
-from kaito_flows.flows.watching.wish import Body, Wish, parameter
+from kaito_flows.flows.watching.wish import TAG, Body, Wish, parameter
 
 PAUSED = "paused"
 # One that has crashed is resumed by an automation.
@@ -31,6 +39,7 @@ _UNFINISHED = [
     StateType.CANCELLING,
     StateType.CRASHED,
 ]
+_ENDED_BADLY = [StateType.FAILED, StateType.CRASHED, StateType.CANCELLED]
 _QUEUED = {StateType.SCHEDULED, StateType.PENDING}
 _BUSY = {429, 502, 503, 504}
 _TRIES = 4
@@ -48,10 +57,11 @@ class Deployments:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A flow run: its id, and whether it still waits for its start."""
+    """A flow run: its id, its state, and whether it still waits for its start."""
 
     id: str
     queued: bool
+    state: State | None = None
 
 
 class Runs:
@@ -95,7 +105,7 @@ class Runs:
             run = await self._create(deployment, wish, key, body)
             if PAUSED not in run.tags:
                 state = run.state.type if run.state else StateType.SCHEDULED
-                return Run(str(run.id), state in _QUEUED)
+                return Run(str(run.id), state in _QUEUED, run.state)
             resumed += 1
 
     async def stop(self, wish: Wish, message: str, *, all_of_them: bool = False) -> list[str]:
@@ -122,6 +132,33 @@ class Runs:
                 return False
             await asyncio.sleep(0.5)
         return True
+
+    async def ended(self, since: datetime) -> list[FlowRun]:
+        """Return the Workspaces' runs that have ended since then, and not well."""
+        wanted = FlowRunFilter(
+            tags=FlowRunFilterTags(all_=[TAG]),
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_ENDED_BADLY)),
+            end_time=FlowRunFilterEndTime(after_=since),
+        )
+        return await self._ask(lambda: self._api.read_flow_runs(flow_run_filter=wanted))
+
+    async def state(self, run_id: str) -> State | None:
+        """Return the run's state; None if it is gone."""
+        try:
+            return (await self._ask(lambda: self._api.read_flow_run(UUID(run_id)))).state
+        except ObjectNotFound:
+            return None
+
+    async def crashes(self, run_id: str) -> int:
+        """Return how often the run has crashed; the runner and the worker both report it."""
+        states = await self._ask(lambda: self._api.read_flow_run_states(UUID(run_id)))
+        crashed = [s.type == StateType.CRASHED for s in sorted(states, key=lambda s: s.timestamp)]
+        return sum(now and not before for before, now in pairwise([False, *crashed]))
+
+    async def fail(self, run_id: str, message: str) -> None:
+        """End the run for good."""
+        failed: State[None] = Failed(message=message)
+        await self._ask(lambda: self._api.set_flow_run_state(UUID(run_id), failed, force=True))
 
     @property
     def _api(self) -> PrefectClient:

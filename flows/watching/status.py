@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kaito_flows.flows.watching.endings import News
 from kaito_flows.workspace.status import WORKSPACE_SUCCEEDED, utc_now
 
 Object = Any
@@ -45,6 +46,15 @@ def has_run(body: Mapping[str, Any], generation: int) -> bool:
     """Whether a run is known that works for this generation: the status is then the run's to write."""
     run = (body.get("status") or {}).get("run") or {}
     return bool(run.get("flowRunId")) and run.get("generation") == generation
+
+
+def awaited_run(body: Mapping[str, Any]) -> str:
+    """The run that has not said yet how this generation ended, or ""."""
+    status = body.get("status") or {}
+    reasons = [c.get("reason") for c in status.get("conditions", ()) if c.get("type") == WORKSPACE_SUCCEEDED]
+    if reasons != ["workspacePending"] or not has_run(body, body["metadata"].get("generation", 1)):
+        return ""
+    return str(status["run"]["flowRunId"])
 
 
 def changes(change: Change, body: Mapping[str, Any]) -> bool:
@@ -84,5 +94,21 @@ def queued(flow_run_id: str, generation: int) -> Change:
         status["observedGeneration"] = generation
         message = f"flow run {flow_run_id} is queued"
         set_condition(status, WORKSPACE_SUCCEEDED, "False", "workspacePending", message, generation)
+
+    return change
+
+
+def became(news: News) -> Change:
+    """What became of a run that does not say it: of one that runs, its end alone is told."""
+
+    def change(body: Object) -> None:
+        if awaited_run(body) != news.flow_run_id:
+            return
+        status = body["status"]
+        if not news.ended and status.get("state") != news.state:
+            return
+        status["state"] = news.state
+        generation = body["metadata"].get("generation", 1)
+        set_condition(status, WORKSPACE_SUCCEEDED, "False", news.reason, news.message, generation)
 
     return change

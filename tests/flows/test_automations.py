@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -90,3 +94,41 @@ def test_deleting_asks_the_platform_by_name_alone(server: Any, monkeypatch: pyte
     assert delete_workspace("team", "Not A Valid Name", "uid") == ["job/Not A Valid Name"]
     assert delete_workspace.fn("team", "w") == ["job/w"], "and it works where there is no Prefect"
     assert asked == [("team", "Not A Valid Name"), ("team", "w")]
+
+
+def test_the_deletion_of_a_workspace_starts_the_reaper(
+    server: Any, monkeypatch: pytest.MonkeyPatch, repository_root: Path
+) -> None:
+    class Nothing:
+        def __init__(self, namespace: str) -> None: ...
+
+        def delete(self, name: str) -> list[str]:
+            return []
+
+    def reapers() -> list[dict[str, Any]]:
+        wanted = {"flows": {"name": {"any_": ["reap-nodes"]}}}
+        found = httpx.post(f"{server.api}/flow_runs/filter", json=wanted, timeout=60).json()
+        return [run for run in found if not run["auto_scheduled"]]
+
+    monkeypatch.setattr(f"{delete_workspace.fn.__module__}.platform_in", Nothing)
+    file = repository_root / "deployments/kubernetes/base/prefect.yaml"
+    environment = {**os.environ, "PREFECT_API_URL": server.api, "KAITO_FLOWS_WORKER_IMAGE": "any"}
+    prefect = Path(sys.executable).parent / "prefect"
+    for _ in range(2):  # as each start of the worker does
+        command = [prefect, "--no-prompt", "deploy", "--all", "--prefect-file", file]
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    with httpx.Client(base_url=server.api, timeout=30) as api:
+        deployment = api.get("/deployments/name/reap-nodes/kubernetes").json()
+    [schedule] = deployment["schedules"]
+    assert (schedule["active"], schedule["schedule"]["interval"]) == (True, 300)
+    assert deployment["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+
+    assert reapers() == []
+    delete_workspace("team", "w", "uid")
+    deadline = time.monotonic() + 30
+    while not (found := reapers()):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    time.sleep(2)
+    assert [run["id"] for run in reapers()] == [run["id"] for run in found], "once"
+    assert found[0]["deployment_id"] == deployment["id"]

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +365,124 @@ def test_prefect_being_away_is_a_condition_and_is_waited_out(kubectl: Any, serve
         gate.close()
 
 
+def told(kubectl: Any, name: str, reason: str, said: str) -> dict[str, Any]:
+    """Wait until the condition has that reason and says that; return the status."""
+
+    def holds() -> bool:
+        now = condition(kubectl, name)
+        return now.get("reason") == reason and said in now["message"]
+
+    eventually(holds, 30)
+    found: dict[str, Any] = kubectl.get("workspace", name)["status"]
+    return found
+
+
+def newest_run(server: Any, kubectl: Any, name: str, number: int) -> dict[str, Any]:
+    """Wait for the Workspace's run of that number, and until its status names it."""
+    run: dict[str, Any] = eventually(
+        lambda: (r := server.runs(kubectl.namespace, name)) and len(r) == number and r[-1], 30
+    )
+    eventually(lambda: kubectl.get("workspace", name).get("status", {}).get("run", {}).get("flowRunId") == run["id"])
+    return run
+
+
+# A flow run as its pod runs it.
+RUN = """
+import sys
+from uuid import UUID
+from prefect.flow_engine import load_flow_run, run_flow
+from kaito_flows.flows.tune_workspace import tune_workspace
+run_flow(tune_workspace, flow_run=load_flow_run(UUID(sys.argv[1])), return_type="state")
+"""
+
+
+def test_a_run_without_rights_in_the_namespace_is_told_by_the_watcher(
+    kubectl: Any, server: Any, watcher: Watcher, tmp_path: Path
+) -> None:
+    watcher.start()
+    kubectl("apply", "-f", "-", stdin=WORKSPACE)
+    run = newest_run(server, kubectl, "w", 1)
+    kubectl("create", "serviceaccount", "nobody")
+    nobody = kubeconfig_of(kubectl, "nobody", tmp_path / "kubeconfig")
+    environment = {
+        **os.environ, "PREFECT_API_URL": server.api, "KAITO_FLOWS_HOME": str(tmp_path / "home"), "KUBECONFIG": nobody,
+        "KAITO_FLOWS_PLATFORM": "kubernetes", "KAITO_FLOWS_NAMESPACE": kubectl.namespace,
+    }  # fmt: skip
+    ran = subprocess.run([sys.executable, "-c", RUN, run["id"]], env=environment, capture_output=True, text=True)
+    [ended] = server.runs(kubectl.namespace)
+    assert ended["state_type"] == "FAILED", ran.stderr
+    status = told(kubectl, "w", "AccessDenied", "access-denied: ")
+    assert status["state"] == "Failed"
+    assert status["run"]["flowRunId"] == run["id"]
+    assert condition(kubectl, "w")["message"] in ended["state"]["message"]
+    events = eventually(lambda: [e for e in kubectl.get("events")["items"] if e["type"] == "Warning"])
+    assert [(e["reason"], e["message"]) for e in events] == [("AccessDenied", condition(kubectl, "w")["message"])]
+    quiet = len(watcher.requests)
+    settle(watcher, 4)
+    assert len(watcher.requests) == quiet
+
+
+def test_what_becomes_of_a_run_that_never_begins_is_told_and_the_tenth_crash_is_the_last(
+    kubectl: Any, server: Any, watcher: Watcher
+) -> None:
+    watcher.start()
+    kubectl("apply", "-f", "-", stdin=WORKSPACE)
+    run = newest_run(server, kubectl, "w", 1)
+    pod = {
+        "id": str(uuid.uuid4()),
+        "occurred": datetime.now(UTC).isoformat(),
+        "event": "prefect.kubernetes.pod.pending",
+        "resource": {
+            "prefect.resource.id": "prefect.kubernetes.pod.1",
+            "prefect.resource.name": "tune-w-abc",
+            "kubernetes.diagnosis": "ImagePullError",
+        },
+        "related": [{"prefect.resource.id": f"prefect.flow-run.{run['id']}", "prefect.resource.role": "flow-run"}],
+    }
+    httpx.post(f"{server.api}/events", json=[pod], timeout=30).raise_for_status()
+    assert told(kubectl, "w", "workspacePending", "its pod tune-w-abc: ImagePullError")["state"] == "Pending"
+    for times in range(10):
+        server.set_state(run, "CRASHED", "the pod ended")
+        server.set_state(run, "CRASHED", "the pod ended, says the other")
+        if times < 9:
+            server.set_state(run, "SCHEDULED")
+    status = told(kubectl, "w", "TooManyCrashes", "crashed 10 times, at last: the pod ended")
+    assert status["state"] == "Failed"
+    assert server.runs(kubectl.namespace)[0]["state_type"] == "FAILED"
+
+    # The next run is followed as well; who cancels one finds it stopped.
+    kubectl("annotate", "workspace", "w", "kaito-flows/rerun=again")
+    second = newest_run(server, kubectl, "w", 2)
+    server.set_state(second, "CRASHED", "the pod ended")
+    told(kubectl, "w", "workspacePending", "is begun again: the pod ended")
+    server.set_state(second, "CANCELLED")
+    assert told(kubectl, "w", "workspaceStopped", second["id"])["state"] == "Stopped"
+
+
+def test_a_run_that_fails_while_the_watcher_or_prefect_is_away_is_told_later(
+    kubectl: Any, server: Any, watcher: Watcher
+) -> None:
+    gate = Gate(server.port)
+    gate.open()
+    try:
+        watcher.api = gate.api
+        watcher.start()
+        for name in ("one", "two"):
+            kubectl("apply", "-f", "-", stdin=named(name))
+        one, two = (newest_run(server, kubectl, name, 1) for name in ("one", "two"))
+        watcher.kill()
+        server.set_state(one, "FAILED", "Flow run encountered an exception: RunError: job-failed: it broke")
+        watcher.start()
+        told(kubectl, "one", "JobFailed", "job-failed: it broke")
+        settle(watcher, 1)
+        gate.close()
+        server.set_state(two, "FAILED", "Flow run encountered an exception: KeyError: 'x'")
+        gate.open()
+        told(kubectl, "two", "RunFailed", "KeyError: 'x'")
+    finally:
+        gate.close()
+
+
 def test_fifty_at_once_have_fifty_runs_in_little_memory_and_few_requests(
     kubectl: Any, server: Any, watcher: Watcher
 ) -> None:
@@ -396,13 +516,24 @@ def test_fifty_at_once_have_fifty_runs_in_little_memory_and_few_requests(
     assert max(memory, after) < 200
 
 
-def test_rights_in_its_namespace_are_enough(kubectl: Any, server: Any, watcher: Watcher, tmp_path: Path) -> None:
+def kubeconfig_of(kubectl: Any, account: str, path: Path) -> str:
+    """Write the kubeconfig of a service account of the namespace."""
     secret = {
         "apiVersion": "v1",
         "kind": "Secret",
         "type": "kubernetes.io/service-account-token",
-        "metadata": {"name": "watcher-token", "annotations": {"kubernetes.io/service-account.name": "watcher"}},
+        "metadata": {"name": f"{account}-token", "annotations": {"kubernetes.io/service-account.name": account}},
     }
+    kubectl("create", "-f", "-", stdin=secret)
+    template = "go-template={{.data.token | base64decode}}"
+    token = eventually(lambda: kubectl("get", "secret", f"{account}-token", "-o", template))
+    config = json.loads(kubectl("config", "view", "--raw", "--minify", "-o", "json"))
+    config["users"][0]["user"] = {"token": token}
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def test_rights_in_its_namespace_are_enough(kubectl: Any, server: Any, watcher: Watcher, tmp_path: Path) -> None:
     role = {
         "apiVersion": "rbac.authorization.k8s.io/v1",
         "kind": "Role",
@@ -410,16 +541,10 @@ def test_rights_in_its_namespace_are_enough(kubectl: Any, server: Any, watcher: 
         "rules": RIGHTS,
     }
     kubectl("create", "serviceaccount", "watcher")
-    kubectl("create", "-f", "-", stdin=yaml.safe_dump_all([role, secret]))
+    kubectl("create", "-f", "-", stdin=role)
     account = f"--serviceaccount={kubectl.namespace}:watcher"
     kubectl("create", "rolebinding", "watcher", "--role=watcher", account)
-    token = eventually(
-        lambda: kubectl("get", "secret", "watcher-token", "-o", "go-template={{.data.token | base64decode}}")
-    )
-    config = json.loads(kubectl("config", "view", "--raw", "--minify", "-o", "json"))
-    config["users"][0]["user"] = {"token": token}
-    watcher.kubeconfig = str(tmp_path / "kubeconfig")
-    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
+    watcher.kubeconfig = kubeconfig_of(kubectl, "watcher", tmp_path / "kubeconfig")
     port = free_port()
     watcher.liveness = f"http://127.0.0.1:{port}/healthz"
     watcher.start()

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from kaito_flows.flows.watching import status
+from kaito_flows.flows.watching.endings import News
 
 
 def condition(body: dict[str, Any], type_: str = "WorkspaceSucceeded") -> dict[str, Any]:
@@ -78,3 +79,39 @@ def test_the_status_of_a_generation_that_has_a_run_is_the_runs() -> None:
     status.queued("run-1", 1)(body)
     assert status.has_run(body, 1)
     assert not status.has_run(body, 2)
+
+
+def queued_body(state: str = "Pending", **metadata: Any) -> dict[str, Any]:
+    body: dict[str, Any] = {"metadata": {"generation": 1, **metadata}}
+    status.queued("run-1", 1)(body)
+    body["status"]["state"] = state
+    return body
+
+
+def test_a_run_that_failed_without_a_word_is_told_and_one_that_said_how_it_ended_is_not() -> None:
+    body = queued_body("Running")
+    assert status.awaited_run(body) == "run-1"
+    status.became(News("run-1", "Failed", "AccessRefused", "no rights"))(body)
+    assert (body["status"]["state"], condition(body)["reason"]) == ("Failed", "AccessRefused")
+    assert status.awaited_run(body) == ""
+
+    before = copy.deepcopy(body)
+    status.became(News("run-1", "Failed", "RunFailed", "something else"))(body)
+    assert body == before
+
+
+def test_only_the_run_of_the_newest_generation_is_waited_for() -> None:
+    assert status.awaited_run(queued_body(generation=2)) == ""
+    body = queued_body()
+    before = copy.deepcopy(body)
+    status.became(News("run-0", "Failed", "RunFailed", "an older run"))(body)
+    assert body == before
+
+
+def test_why_a_pod_does_not_start_is_told_of_a_run_that_has_not_begun() -> None:
+    body = queued_body()
+    status.became(News("run-1", "Pending", "workspacePending", "its pod: ImagePullError"))(body)
+    assert (body["status"]["state"], condition(body)["message"]) == ("Pending", "its pod: ImagePullError")
+    body = queued_body("Running")
+    status.became(News("run-1", "Pending", "workspacePending", "its pod: ImagePullError"))(body)
+    assert "queued" in condition(body)["message"]
