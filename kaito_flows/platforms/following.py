@@ -4,14 +4,20 @@
        ▲                                                                                          │
        └────────── evicted, preempted, killed: the Job makes another pod, which goes on ◄─────────┘
 
-Everything is read from the cluster, so whoever comes later can follow as well as who started the job.
+Everything is read from the cluster, so whoever comes later can follow as well as who started the job. Where a job has
+several nodes, the pod that talks may wait for another that never starts: its log is followed in a thread then, and the
+pods are watched.
 """
 
 from __future__ import annotations
 
+import contextvars
 import json
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 from kaito_flows.cluster.diagnosis import diagnose, diagnose_job, pending_reason
@@ -59,7 +65,11 @@ class JobFollower:
     ) -> None:
         self._cluster, self._name, self._jobs, self._uids = cluster, name, list(jobs), set(jobs.values())
         self._program = program
-        self._on_event, self._pending_seconds = on_event, pending_seconds
+        self._tell, self._pending_seconds = on_event, pending_seconds
+        self._telling = threading.Lock()
+        self._is_over = False
+        # By the pod's UID: the logs that are followed in threads.
+        self._listening: dict[str, list[Future[None]]] = defaultdict(list)
         self._told_waiting = ""
         self._pending_since: dict[str, float] = {}
         self._followed: set[tuple[str, str]] = set()
@@ -74,6 +84,12 @@ class JobFollower:
         Raises:
             KaitoFlowsError: what became of it.
         """
+        try:
+            return self._follow(check)
+        finally:
+            self._is_over = True
+
+    def _follow(self, check: Callable[[], None]) -> Event:
         while True:
             jobs = [self._cluster.get("Job", name) for name in self._jobs]
             if any(job is None or job["metadata"]["uid"] not in self._uids for job in jobs):
@@ -83,22 +99,25 @@ class JobFollower:
             if _ended(first, "Complete"):
                 pods = self._pods()
                 for pod in pods:
-                    self._hear(pod)  # what it said while nobody listened
+                    self._hear_out(pod)  # what it said while nobody listened
                 return self._last if self._last.get("event") == "completed" else _completed(pods)
             if any(_ended(job, "Failed") for job in found):
                 raise self._failure(next(job for job in found if _ended(job, "Failed")))
             self._pinned = placed(first)
-            absent = True
+            present: set[str] = set()
             for kind, pod in self._cluster.watch("Pod", labels={JOB_LABEL: self._name}, timeout_seconds=ROUND_SECONDS):
                 if not self._is_own(pod):
                     continue
-                absent = False
+                present.update(owner["uid"] for owner in pod["metadata"]["ownerReferences"])
+                self._fail_if_unheard()
                 if kind == "DELETED" or self._see(pod):
                     break
-            if absent:
-                self._see_absent(first)
-            else:
-                self._pending_since.pop(first["metadata"]["uid"], None)
+            self._fail_if_unheard()
+            for job in found:
+                if (uid := job["metadata"]["uid"]) in present:
+                    self._pending_since.pop(uid, None)
+                else:
+                    self._see_absent(job)
 
     def _see(self, pod: Object) -> bool:
         """Do what a pod's state asks for; return whether the Job itself is to be looked at."""
@@ -115,7 +134,7 @@ class JobFollower:
     def _see_ended(self, pod: Object, *, failed: bool) -> bool:
         if pod["metadata"]["uid"] in self._ended:
             return False
-        self._hear(pod)
+        self._hear_out(pod)
         self._ended.add(pod["metadata"]["uid"])
         if failed:
             error = self._diagnosis(pod)
@@ -171,19 +190,57 @@ class JobFollower:
             )
 
     def _hear(self, pod: Object) -> bool:
-        """Follow what the pod's containers say to its end; return whether the program ran, so that there is news."""
+        """Follow what the pod's containers say to its end; return whether the program ran, so that there is news.
+
+        Of several pods, it is not waited for.
+        """
         if pod["metadata"]["labels"].get(RANK_LABEL, "0") != "0":
             return False
         heard = False
         for container in ("weights", self._program):
             key = (pod["metadata"]["uid"], container)
             if key not in self._followed and _has_run(pod, container):
-                self._cluster.follow_logs(pod["metadata"]["name"], container, on_line=self._on_line)
+                if len(self._jobs) > 1:
+                    self._listen(*key, pod["metadata"]["name"])
+                else:
+                    self._cluster.follow_logs(pod["metadata"]["name"], container, on_line=self._on_line)
+                    heard = container == self._program
                 self._followed.add(key)
-                heard = container == self._program
         return heard
 
+    def _listen(self, uid: str, container: str, pod: str) -> None:
+        """Follow a log in a thread, which ends with the pod."""
+        heard: Future[None] = Future()
+
+        def listen() -> None:
+            try:
+                self._cluster.follow_logs(pod, container, on_line=self._on_line)
+            except BaseException as exc:  # noqa: BLE001 - it is raised where it is waited for
+                heard.set_exception(exc)
+            else:
+                heard.set_result(None)
+
+        threading.Thread(target=contextvars.copy_context().run, args=(listen,), daemon=True, name=f"log {pod}").start()
+        self._listening[uid].append(heard)
+
+    def _hear_out(self, pod: Object) -> None:
+        """Hear what a pod that has ended has said, to the last line."""
+        self._hear(pod)
+        for heard in self._listening.pop(pod["metadata"]["uid"], ()):
+            heard.result()
+
+    def _fail_if_unheard(self) -> None:
+        """Raise what went wrong in a thread."""
+        for heard in [heard for several in self._listening.values() for heard in several if heard.done()]:
+            heard.result()
+
+    def _on_event(self, event: Event) -> None:
+        with self._telling:
+            self._tell(event)
+
     def _on_line(self, line: LogLine) -> None:
+        if self._is_over:
+            raise EOFError("nobody listens any more")
         try:
             event = json.loads(line.text)
         except ValueError:
