@@ -93,7 +93,15 @@ def _tune(job: TunerJob, config: TrainingConfig, world: World) -> dict[str, Any]
 def _train_and_publish(
     job: TunerJob, config: TrainingConfig, world: World, shipping: Shipping | None
 ) -> dict[str, Any]:
+    from kaito_flows.containers.tuner.gauges import peaks, process_seconds
+
     timings: dict[str, float] = {}
+
+    def on_first_step() -> None:
+        timings["first_step_seconds"] = round(process_seconds(), 3)
+        if world.first:
+            emit("first-step", seconds=timings["first_step_seconds"])
+
     with _stage("read the dataset", timings):
         from kaito_flows.containers.tuner import data
 
@@ -104,29 +112,36 @@ def _train_and_publish(
         dataset = data.load_dataset(job.data)
     with _stage("load the model", timings):
         adapted = _load_model(job, config, dataset, world)
+    timings["peak_host_bytes_loading"] = peaks(world.device)["peak_host_bytes"]
     with _stage("train", timings):
-        from kaito_flows.containers.tuner import model, training
+        from kaito_flows.containers.tuner import model, outcome, training
 
         state = training.train(
-            adapted, dataset, config, job.identity, job.results, preemption, world=world, shipping=shipping
-        )
+            adapted, dataset, config, job.identity, job.results, preemption, world=world, shipping=shipping,
+            on_first_step=on_first_step,
+        )  # fmt: skip
     with _stage("prove", timings):
         adapter_facts = model.prove(adapted)
-        before, after = (training.evaluation_at(state, step) for step in (0, state.step))
+        published_step = outcome.published_step(state, config.TrainingArguments)
+        before, after = (outcome.evaluation_at(state, step) for step in (0, published_step))
         _prove_better(before, after)
+
+    _, total = training.steps_of(config.TrainingArguments, dataset)
 
     def publish() -> dict[str, Any]:
         with _stage("publish", timings):
             metrics = {
                 "evaluation": {"before": before, "after": after},
-                "training": training.training_facts(state, dataset, config.TrainingArguments),
+                "training": outcome.training_facts(state, dataset, config.TrainingArguments, total),
                 "adapter": adapter_facts,
                 "history": state.history,
             }
             files = model.adapter_files(adapted)
             image = write_and_publish(job, config, files, metrics, dataset.facts, source.digest)
+        _tell_samples(adapted, job)
         timings["steps_seconds"] = round(state.seconds, 3)
         timings["tokens_per_second"] = round(state.tokens / state.seconds, 1)
+        timings.update(peaks(world.device))
         with disk_errors(job.results):
             (job.results / "timings.json").write_text(json.dumps(timings, indent=1) + "\n")
         if shipping:
@@ -136,6 +151,22 @@ def _train_and_publish(
 
     told: dict[str, Any] = world.tell("published", publish)
     return told
+
+
+def _tell_samples(adapted: Adapted, job: TunerJob) -> None:
+    """Tell how base and adapter answer a few prompts; with the adapter published, a failure is told and no more."""
+    if adapted.sharded or preemption.requested:
+        return
+    from kaito_flows.containers.tuner import samples
+
+    try:
+        answered = samples.compare(adapted, job.weights, job.data)
+    except Exception as exc:
+        logging.getLogger(__name__).warning("there are no sample answers", exc_info=True)
+        emit("no-samples", reason=" ".join(f"{type(exc).__name__}: {exc}".split()))
+        return
+    if answered:
+        emit("samples", samples=answered)
 
 
 def _load_model(job: TunerJob, config: TrainingConfig, dataset: Dataset, world: World) -> Adapted:

@@ -1,6 +1,8 @@
 """Checkpoints: what a killed training goes on from. Tensors are in safetensors, the rest is JSON; nothing is pickled.
 
-    checkpoints/step-000020/   adapter.safetensors  optimizer.safetensors  state.json
+    checkpoints/step-000020/   adapter.safetensors  optimizer.safetensors  best.safetensors  state.json
+
+`best.safetensors`, the adapter at the best evaluation so far, is there when the best one is to be published.
 
 A checkpoint is written under another name, synced, and renamed; `state.json` comes last, with the hashes of the others.
 There is no random state in it: each step draws from a seed of its own (see `training`).
@@ -24,12 +26,13 @@ import torch
 
 from kaito_flows.containers.program import strict
 from kaito_flows.containers.tuner.model import Adapted
+from kaito_flows.containers.tuner.portion import Portion
 from kaito_flows.containers.tuner.world import World
 from kaito_flows.errors import KaitoFlowsError, disk_errors
 
-__all__ = ["ADAPTER", "OPTIMIZER", "STATE", "State", "load_newest", "name_of", "resume", "save"]
+__all__ = ["ADAPTER", "BEST", "OPTIMIZER", "STATE", "State", "load_newest", "name_of", "resume", "save"]
 
-ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
+ADAPTER, OPTIMIZER, BEST, STATE = "adapter.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"
 _logger = logging.getLogger(__name__)
 
 
@@ -38,7 +41,9 @@ class State:
     """Where a training stands after `step` optimizer steps.
 
     `tokens` (without padding) and `targets` were seen so far; `window_loss` and `window_targets` are sums since the
-    last logged step; `history` has every logged step and evaluation; `seconds` were spent in steps.
+    last logged step; `history` has every logged step and evaluation; `seconds` were spent in steps; `first_losses` and
+    `recent_losses` are what `divergence` compares. `portion` and `evaluation_portion` are what went through the device
+    at once, where that was not what the config says.
     """
 
     identity: str
@@ -51,6 +56,10 @@ class State:
     window_targets: int = 0
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
+    first_losses: list[float] = field(default_factory=list)
+    recent_losses: list[float] = field(default_factory=list)
+    portion: Portion | None = None
+    evaluation_portion: Portion | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +89,8 @@ def save(folder: Path, state: State, adapted: Adapted, optimizer: torch.optim.Op
                 ADAPTER: _write(partial / ADAPTER, _tensors(adapted.parameters)),
                 OPTIMIZER: _write(partial / OPTIMIZER, _tensors(_optimizer_state(adapted, optimizer))),
             }
+            if adapted.best:
+                hashes[BEST] = _write(partial / BEST, _tensors(adapted.best))
             _write(partial / STATE, json.dumps(asdict(_Saved(state, hashes))).encode())
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
@@ -120,6 +131,7 @@ def load_newest(folder: Path, identity: str, adapted: Adapted, optimizer: torch.
                 if saved.state.identity != identity:
                     raise ValueError("of another run")
                 adapter, moments = (_read(path / name, saved.sha256[name]) for name in (ADAPTER, OPTIMIZER))
+                best = _read(path / BEST, saved.sha256[BEST]) if BEST in saved.sha256 else {}
                 if adapter.keys() != adapted.parameters.keys():
                     raise ValueError("of another adapter")
             except (OSError, ValueError, KeyError, KaitoFlowsError, safetensors.SafetensorError) as exc:
@@ -130,6 +142,7 @@ def load_newest(folder: Path, identity: str, adapted: Adapted, optimizer: torch.
                 for name, parameter in adapted.parameters.items():
                     parameter.copy_(adapter[name])
             _restore(optimizer, adapted, moments)
+            adapted.best.update(best)
             return saved.state
     return None
 

@@ -18,10 +18,11 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 
+from kaito_flows.containers.tuner.portion import Portion
 from kaito_flows.errors import DatasetError, disk_errors
 from kaito_flows.oci.images import Image, extract
 
-__all__ = ["Batch", "Dataset", "Split", "epoch_order", "lay_out", "load_dataset", "unpack"]
+__all__ = ["Batch", "Dataset", "Split", "divide", "epoch_order", "lay_out", "load_dataset", "unpack"]
 
 FORMAT_VERSION = 1
 NAMES = ("input_ids", "loss_mask", "position_ids")
@@ -61,15 +62,25 @@ class Split:
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
-    def batch(self, rows: torch.Tensor, device: torch.device) -> Batch:
+    @property
+    def most_documents(self) -> int:
+        """How many documents the fullest row has."""
+        real = torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]
+        return int(((self.position_ids == 0) & real).sum(1).max())
+
+    def batch(self, rows: torch.Tensor, device: torch.device, part: int = 0, parts: int = 1) -> Batch:
         """Return the documents of these rows on the device, laid out anew so that training on them costs least.
 
-        Documents do not see each other, so where they lie makes no difference to what is learned.
+        Documents do not see each other, so where they lie makes no difference to what is learned. With several parts,
+        only the documents of one of them, which are about as long as those of each other.
         """
         real = torch.arange(self.input_ids.shape[1]) < self.lengths[rows, None]
         ids, mask, positions = (t[rows][real].long() for t in (self.input_ids, self.loss_mask, self.position_ids))
-        starts = (positions == 0).nonzero()[:, 0]
-        sizes = torch.diff(starts, append=torch.tensor([len(ids)]))
+        sizes = _sizes(positions)
+        if parts > 1:
+            chosen = torch.tensor(divide(sizes.tolist(), parts)) == part
+            kept = chosen.repeat_interleave(sizes)
+            ids, mask, positions, sizes = ids[kept], mask[kept], positions[kept], sizes[chosen]
         width, used, places = lay_out(sizes.tolist(), self.input_ids.shape[1])
         at = torch.tensor(places).repeat_interleave(sizes) + positions
         # What no document fills is a document of its own.
@@ -87,11 +98,22 @@ class Split:
             tokens=len(ids),
         )
 
-    def batches(self, rows: torch.Tensor, size: int, device: torch.device, *, at_least: int = 0) -> Iterator[Batch]:
-        """Yield the rows, `size` at a time, in their order; then batches without targets, up to `at_least` in all."""
-        for start in range(0, len(rows), size):
-            yield self.batch(rows[start : start + size], device)
-        for _ in range(-(-len(rows) // size), at_least):
+    def batches(
+        self, rows: torch.Tensor, portion: Portion, device: torch.device, *, at_least: int = 0
+    ) -> Iterator[Batch]:
+        """Yield the rows, a portion at a time, in their order; then batches without targets, up to `at_least` in all.
+
+        Parts of a row in which nothing is to be learned are left out.
+        """
+        for start in range(0, len(rows), portion.rows):
+            chunk = rows[start : start + portion.rows]
+            if portion.parts == 1:
+                yield self.batch(chunk, device)
+                continue
+            parts = min(portion.parts, int((self.position_ids[chunk, : int(self.lengths[chunk])] == 0).sum()))
+            batches = (self.batch(chunk, device, part, parts) for part in range(parts))
+            yield from (batch for batch in batches if batch.targets)
+        for _ in range(-(-len(rows) // portion.rows), at_least):
             some = self.batch(torch.tensor([0]), device)
             yield replace(some, sources=some.sources[:0], labels=some.labels[:0], tokens=0)
 
@@ -111,6 +133,22 @@ class Split:
         if context is not None and longest > context:
             message = f"holds a document of {longest} tokens, but the model's context is {context}"
             raise DatasetError(message, place=place, hint="lower max_length", code="dataset-misfit")
+
+
+def _sizes(positions: torch.Tensor) -> torch.Tensor:
+    """Return how long each document is, of those that lie one after the other in flat position ids."""
+    starts = (positions == 0).nonzero()[:, 0]
+    return torch.diff(starts, append=torch.tensor([len(positions)]))
+
+
+def divide(sizes: Sequence[int], parts: int) -> list[int]:
+    """Return the part of each document, so that parts are about equally long and none is empty: longest first."""
+    filled = [0] * parts
+    where = [0] * len(sizes)
+    for document in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        where[document] = filled.index(min(filled))
+        filled[where[document]] += sizes[document]
+    return where
 
 
 def _on(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

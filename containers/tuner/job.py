@@ -191,6 +191,10 @@ class TrainingArguments:
 
     With `save_strategy: no` a checkpoint is still kept each `save_steps`: it is what a killed run goes on from, and is
     removed when the adapter is published.
+
+    With `load_best_model_at_end` the adapter is published as it was at the evaluation with the least held-out loss, and
+    with `early_stopping_patience` the training stops when that many evaluations in a row were not better than the best
+    before them by more than `early_stopping_threshold`; the last two are those of transformers' EarlyStoppingCallback.
     """
 
     output_dir: str
@@ -221,6 +225,11 @@ class TrainingArguments:
     packing: bool
     ddp_find_unused_parameters: bool
     report_to: Literal["none"]
+    load_best_model_at_end: bool = False
+    metric_for_best_model: Literal["loss", "eval_loss"] | None = None
+    greater_is_better: Literal[False] | None = None
+    early_stopping_patience: int | None = None
+    early_stopping_threshold: float = 0.0
 
     @property
     def rows_a_step(self) -> int:
@@ -291,7 +300,7 @@ _AT_LEAST_ONE = (
 _ABOVE_ZERO = ("LoraConfig.lora_alpha", "TrainingArguments.num_train_epochs", "TrainingArguments.adam_epsilon")
 _NOT_NEGATIVE = (
     "TrainingArguments.learning_rate", "TrainingArguments.warmup_steps", "TrainingArguments.weight_decay",
-    "TrainingArguments.max_grad_norm", "TrainingArguments.seed",
+    "TrainingArguments.max_grad_norm", "TrainingArguments.seed", "TrainingArguments.early_stopping_threshold",
 )  # fmt: skip
 _BELOW_ONE = (
     "LoraConfig.lora_dropout", "TrainingArguments.warmup_ratio", "TrainingArguments.adam_beta1",
@@ -314,5 +323,20 @@ def _check_ranges(config: TrainingConfig, place: str) -> None:
                 raise ConfigError(f"{must}, not {value}", place=f"{place}: {key}")
     if config.TrainingArguments.max_steps < 1 and config.TrainingArguments.max_steps != -1:
         raise ConfigError("must be at least 1, or -1: by epochs", place=f"{place}: TrainingArguments.max_steps")
+    _check_best(config.TrainingArguments, f"{place}: TrainingArguments")
     if not config.LoraConfig.target_modules:
         raise ConfigError("names no module", place=f"{place}: LoraConfig.target_modules")
+
+
+def _check_best(arguments: TrainingArguments, place: str) -> None:
+    if arguments.load_best_model_at_end and arguments.eval_strategy == "no":
+        hint = "eval_strategy: steps, or epoch"
+        raise ConfigError("needs evaluations to choose among", place=f"{place}.load_best_model_at_end", hint=hint)
+    if arguments.early_stopping_patience is None:
+        return
+    if arguments.early_stopping_patience < 1:
+        message = f"must be at least 1, not {arguments.early_stopping_patience}"
+        raise ConfigError(message, place=f"{place}.early_stopping_patience")
+    if not arguments.load_best_model_at_end:
+        hint = "load_best_model_at_end: true"
+        raise ConfigError("needs the best adapter to be kept", place=f"{place}.early_stopping_patience", hint=hint)

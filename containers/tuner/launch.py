@@ -26,6 +26,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+import psutil
+
 from kaito_flows.containers.program import EVENTS, emit
 from kaito_flows.containers.tuner.job import TunerJob
 from kaito_flows.errors import JobError, KaitoFlowsError, KilledError, PreemptedError, from_job_exit
@@ -34,6 +36,7 @@ __all__ = [
     "NODE_RANK",
     "PATIENCE_SECONDS",
     "RENDEZVOUS",
+    "STARTED",
     "is_worker",
     "launch",
     "meeting_place",
@@ -42,6 +45,9 @@ __all__ = [
 
 RENDEZVOUS = "KAITO_FLOWS_RENDEZVOUS"
 """The environment variable in which a worker finds the host and port of the store that all of them share."""
+
+STARTED = "KAITO_FLOWS_STARTED"
+"""The environment variable with the time when the launcher was started, in seconds since 1970."""
 
 NODE_RANK = "KAITO_FLOWS_NODE_RANK"
 """The environment variable with the number of this machine; 0 serves the place where all of them meet."""
@@ -82,7 +88,7 @@ def launch(job: TunerJob) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="kaito-flows-") as folder:
         workers = [_Worker(Path(folder) / str(number)) for number in range(job.processes)]
         rendezvous, is_host = meeting_place(job)
-        os.environ |= {_FOLDER: folder, RENDEZVOUS: rendezvous}
+        os.environ |= {_FOLDER: folder, RENDEZVOUS: rendezvous, STARTED: str(psutil.Process().create_time())}
         # Each process computes on its own share of the cores.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // job.processes)))
         config = LaunchConfig(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Adapted:
     `model` is the causal language model with the adapters in it, `peft` is PEFT's wrapper of it, `parameters` are those
     that are trained (float32), by name, `matched` are the modules that each target found, and `masked` says whether the
     model needs a mask to keep documents in one row apart. When it is `sharded`, each process holds a part of the base.
+    `best` is what the parameters were at the best evaluation, on the host, where that is to be known.
     """
 
     model: Any
@@ -45,6 +46,17 @@ class Adapted:
     masked: bool
     device: torch.device
     sharded: bool = False
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def keep_as_best(self) -> None:
+        """Remember the parameters as they are now."""
+        self.best.update({name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()})
+
+    @torch.no_grad()
+    def return_to_best(self) -> None:
+        """Make the parameters what was remembered last, if something was."""
+        for name, tensor in self.best.items():
+            self.parameters[name].copy_(tensor)
 
 
 def load_base(folder: Path, config: TrainingConfig, device: str | None = None) -> Any:

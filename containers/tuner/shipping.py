@@ -132,7 +132,8 @@ class Shipping:
 
     def _push(self, saved: Path, step: int, *, again: bool = False) -> bool:
         """Push a checkpoint; return whether trying once more can help, where that is to be done."""
-        tensors = {f"{_INSIDE}/{name}": saved / name for name in (checkpoint.ADAPTER, checkpoint.OPTIMIZER)}
+        names = (checkpoint.ADAPTER, checkpoint.OPTIMIZER, checkpoint.BEST)
+        tensors = {f"{_INSIDE}/{name}": saved / name for name in names if (saved / name).exists()}
         state = {f"{_INSIDE}/{checkpoint.STATE}": saved / checkpoint.STATE}
         try:
             name = ImageName.parse_image(self._image)

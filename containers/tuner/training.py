@@ -16,12 +16,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -29,20 +31,31 @@ from kaito_flows.containers.program import emit
 from kaito_flows.containers.tuner import checkpoint
 from kaito_flows.containers.tuner.checkpoint import State
 from kaito_flows.containers.tuner.data import Batch, Dataset, epoch_order
-from kaito_flows.containers.tuner.evaluation import batches_of, evaluate
-from kaito_flows.containers.tuner.job import TrainingArguments, TrainingConfig
+from kaito_flows.containers.tuner.divergence import held_out_fault, is_suspect, note_loss, training_fault
+from kaito_flows.containers.tuner.evaluation import Evaluation, batches_of, evaluate
+from kaito_flows.containers.tuner.gauges import Gauges
+from kaito_flows.containers.tuner.job import CONFIG_NAME, TrainingArguments, TrainingConfig
 from kaito_flows.containers.tuner.loss import loss_sum
+from kaito_flows.containers.tuner.memory import is_out_of_memory
 from kaito_flows.containers.tuner.model import Adapted
+from kaito_flows.containers.tuner.outcome import OUT_OF_MEMORY, best_step, evaluation_at, published_step, without_gain
+from kaito_flows.containers.tuner.portion import Portion, ShortOfMemory, fitting
 from kaito_flows.containers.tuner.preemption import Preemption
 from kaito_flows.containers.tuner.schedule import learning_rate, steps_in_all
 from kaito_flows.containers.tuner.shipping import Shipping
 from kaito_flows.containers.tuner.world import ALONE, World
-from kaito_flows.errors import DivergedError, PreemptedError, disk_errors
+from kaito_flows.errors import ConfigError, DivergedError, PreemptedError, disk_errors
 
-__all__ = ["evaluation_at", "train", "training_facts"]
+__all__ = ["steps_of", "train"]
 
 RECENT = 20
 """Steps whose median time stands for the next ones'."""
+
+
+def steps_of(arguments: TrainingArguments, dataset: Dataset) -> tuple[int, int]:
+    """Return the optimizer steps of an epoch, and those of the whole training."""
+    steps_an_epoch = math.ceil(len(dataset.train) / arguments.rows_a_step)
+    return steps_an_epoch, steps_in_all(arguments, steps_an_epoch)
 
 
 def train(
@@ -55,8 +68,11 @@ def train(
     *,
     world: World = ALONE,
     shipping: Shipping | None = None,
+    on_first_step: Callable[[], None] = lambda: None,
 ) -> State:
-    """Train the adapter to the end, and return what there is to tell of it.
+    """Train the adapter to the end, or until it gets no better, and return what there is to tell of it.
+
+    The adapter is then that of `outcome.published_step`.
 
     Args:
         adapted: the model with its adapter.
@@ -67,18 +83,24 @@ def train(
         preemption: whether SIGTERM came.
         world: the processes that train it together.
         shipping: where checkpoints are kept beside `results`; only process 0 needs it.
+        on_first_step: is called after the first optimizer step that this process makes.
 
     Raises:
-        DivergedError: the loss or a gradient is no longer finite; the last checkpoint stays.
+        ConfigError: the best adapter is asked for, and no data is held out to tell it by.
+        ShortOfMemory: a single document does not fit.
+        DivergedError: the loss or a gradient is no longer finite, or the loss stays far above where it began; the last
+            checkpoint that was right stays.
         PreemptedError: SIGTERM came; a checkpoint was saved.
         DiskFullError: no space left for a checkpoint.
         RegistryError: whether there is a checkpoint in the registry cannot be seen.
         KilledError: (code `peer-lost`) another process is gone.
     """
     arguments = config.TrainingArguments
+    if arguments.load_best_model_at_end and dataset.validation is None:
+        place = f"{CONFIG_NAME}: TrainingArguments.load_best_model_at_end"
+        raise ConfigError("there is no held-out data", place=place, hint="a train_test_split below 1")
     rows = len(dataset.train)
-    steps_an_epoch = math.ceil(rows / arguments.rows_a_step)
-    total = steps_in_all(arguments, steps_an_epoch)
+    steps_an_epoch, total = steps_of(arguments, dataset)
     optimizer = torch.optim.AdamW(
         adapted.parameters.values(),
         lr=arguments.learning_rate,
@@ -120,8 +142,9 @@ def train(
         saved_step = state.step
         if not world.first:
             return
-        # The pipeline's own checkpoint, which `save_strategy: no` does not mean, need not be more than one.
-        keep = 1 if arguments.save_strategy == "no" else arguments.save_total_limit
+        # The pipeline's own checkpoints, which `save_strategy: no` does not mean, need not be more than two: whether
+        # one was right is known only after another step.
+        keep = 2 if arguments.save_strategy == "no" else max(2, arguments.save_total_limit)
         path = checkpoint.save(checkpoints, state, adapted, optimizer, keep=keep)
         emit("checkpoint", step=state.step)
         # After the last step comes the adapter itself.
@@ -135,6 +158,16 @@ def train(
         message = f"stopped by SIGTERM after step {state.step} of {total}{kept}"
         return PreemptedError(message, place="tuner", hint="start the same job again: it goes on from there")
 
+    def diverged(what: str, step: int | None = None) -> DivergedError:
+        """An error that says what is wrong, and which checkpoint was still right: one after which a step went well."""
+        bad = checkpoints / checkpoint.name_of(state.step)
+        if world.first:
+            shutil.rmtree(bad, ignore_errors=True)
+        found = [path.name for path in checkpoints.glob("step-*") if path != bad]
+        kept = f"; the checkpoint of step {int(max(found).removeprefix('step-'))} is kept" if found else ""
+        hint = "lower learning_rate, raise warmup_steps, or lower max_grad_norm"
+        return DivergedError(f"the {what}{kept}", place=f"step {step or state.step} of {total}", hint=hint)
+
     def evaluation_due(step: int) -> bool:
         if step in (0, total):
             return True
@@ -147,49 +180,84 @@ def train(
             or step % (steps_an_epoch if arguments.save_strategy == "epoch" else arguments.save_steps) == 0
         )
 
+    patience = arguments.early_stopping_patience
+    held_out, fullest = dataset.validation, dataset.train.most_documents
+
+    def halved(of: Literal["training", "evaluation"]) -> Callable[[Portion], None]:
+        def on_halved(portion: Portion) -> None:
+            if of == "training":
+                state.portion = portion
+            else:
+                state.evaluation_portion = portion
+            remember(OUT_OF_MEMORY, {"step": state.step, "of": of, "at_once": str(portion)})
+
+        return on_halved
+
+    def measure(portion: Portion) -> Evaluation | None:
+        assert held_out is not None
+        return evaluate(adapted, held_out, portion, stop=lambda: preemption.requested, world=world)
+
+    def gradients(portion: Portion) -> tuple[torch.Tensor, int, int, bool]:
+        """Add up the gradients of the next step; return summed loss, tokens, targets, and whether SIGTERM came."""
+        epoch, within = divmod(state.step, steps_an_epoch)
+        order = epoch_order(rows, arguments.seed, epoch, shuffle=config.DatasetConfig.shuffle_dataset)
+        chosen = order[within * arguments.rows_a_step : (within + 1) * arguments.rows_a_step]
+        optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(_step_seed(arguments.seed, state.step, world.rank))
+        summed, tokens, targets, short = torch.zeros((), device=adapted.device), 0, 0, None
+        try:
+            for batch in batches_of(adapted, dataset.train, chosen, portion, world):
+                if preemption.requested and world.size == 1:
+                    raise stop()
+                summed += _backward(adapted, batch)
+                tokens, targets = tokens + batch.tokens, targets + batch.targets
+        except (RuntimeError, MemoryError) as exc:
+            if adapted.sharded or not is_out_of_memory(exc):
+                raise
+            short = ShortOfMemory(str(exc))
+        *counts, stopping, shorts = world.totals(tokens, targets, preemption.requested, short is not None)
+        if shorts:
+            raise short or ShortOfMemory()
+        return summed, int(counts[0]), int(counts[1]), stopping > 0
+
+    gauges = Gauges(adapted.device)
     step_seconds: deque[float] = deque(maxlen=RECENT)
     evaluation_seconds = 0.0
     window_tokens, window_seconds = 0, 0.0
     adapted.peft.train()
     while True:
-        if dataset.validation and evaluation_due(state.step) and evaluation_at(state, state.step) is None:
+        if held_out and evaluation_due(state.step) and evaluation_at(state, state.step) is None:
             begun = time.monotonic()
-            batch_size = arguments.per_device_eval_batch_size
-            measured = evaluate(adapted, dataset.validation, batch_size, stop=lambda: preemption.requested, world=world)
+            portion = state.evaluation_portion or Portion(arguments.per_device_eval_batch_size)
+            measured, _ = fitting(measure, portion, held_out.most_documents, halved("evaluation"))
             if measured is None:
                 raise stop()
-            if not math.isfinite(measured.loss):
-                raise _diverged(f"held-out loss is {measured.loss}", state.step, total, saved_step)
+            if fault := held_out_fault(state.history, measured.loss):
+                raise diverged(fault)
             evaluation_seconds = time.monotonic() - begun
             remember("evaluation", {"step": state.step, **asdict(measured)})
+            if arguments.load_best_model_at_end and best_step(state.history) == state.step and world.first:
+                adapted.keep_as_best()
+            if patience and without_gain(state.history, arguments.early_stopping_threshold) >= patience:
+                remember("stopped-early", {"step": state.step, "evaluations": patience}, total=total)
+                break
         if state.step == total:
-            return state
+            break
 
         begun = time.monotonic()
-        epoch, within = divmod(state.step, steps_an_epoch)
-        order = epoch_order(rows, arguments.seed, epoch, shuffle=config.DatasetConfig.shuffle_dataset)
-        chosen = order[within * arguments.rows_a_step : (within + 1) * arguments.rows_a_step]
         rate = learning_rate(arguments, state.step, total)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(_step_seed(arguments.seed, state.step, world.rank))
-
-        summed, tokens, targets = torch.zeros((), device=adapted.device), 0, 0
-        for batch in batches_of(adapted, dataset.train, chosen, arguments.per_device_train_batch_size, world):
-            if preemption.requested and world.size == 1:
-                raise stop()
-            summed += _backward(adapted, batch)
-            tokens, targets = tokens + batch.tokens, targets + batch.targets
-        counted = world.totals(tokens, targets, preemption.requested)
-        tokens, targets, stopping = int(counted[0]), int(counted[1]), counted[2] > 0
+        portion = state.portion or Portion(arguments.per_device_train_batch_size)
+        (summed, tokens, targets, stopping), _ = fitting(gradients, portion, fullest, halved("training"))
         loss, norm = _finish_gradients(adapted, summed, targets, arguments, world)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = f"loss is {loss}, gradient norm {norm}"
-            raise _diverged(what, state.step + 1, total, saved_step)
+            raise diverged(f"loss is {loss}, gradient norm {norm}", state.step + 1)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
         seconds = time.monotonic() - begun
+        if not step_seconds:
+            on_first_step()
         step_seconds.append(seconds)
         window_seconds, window_tokens = window_seconds + seconds, window_tokens + tokens
         state.step += 1
@@ -198,10 +266,13 @@ def train(
         state.targets += targets
         state.first_loss = loss if state.first_loss is None else state.first_loss
         state.last_loss = loss
+        note_loss(state, loss)
+        if fault := training_fault(state, shuffled=config.DatasetConfig.shuffle_dataset):
+            raise diverged(fault)
         state.window_loss, state.window_targets = state.window_loss + loss * targets, state.window_targets + targets
 
         if state.step % arguments.logging_steps == 0 or state.step == total:
-            to_come = sum(map(evaluation_due, range(state.step, total + 1))) if dataset.validation else 0
+            to_come = sum(map(evaluation_due, range(state.step, total + 1))) if held_out else 0
             left = statistics.median(step_seconds) * (total - state.step) + evaluation_seconds * to_come
             facts = {
                 "step": state.step,
@@ -213,12 +284,18 @@ def train(
             }
             speed = round(window_tokens / window_seconds, 1)
             state.window_loss, state.window_targets = 0.0, 0
-            remember("progress", facts, total=total, tokens_per_second=speed, eta_seconds=round(left, 1))
+            eta = round(left, 1)
+            remember("progress", facts, total=total, tokens_per_second=speed, eta_seconds=eta, **gauges.read())
             window_tokens, window_seconds = 0, 0.0
         if stopping and world.size > 1:
             raise stop()
-        if checkpoint_due(state.step):
+        # What may be going wrong pushes out no checkpoint that was right.
+        if checkpoint_due(state.step) and not is_suspect(state):
             save()
+    if published_step(state, arguments) != state.step:
+        adapted.return_to_best()
+        world.copy(list(adapted.parameters.values()))
+    return state
 
 
 def _backward(adapted: Adapted, batch: Batch) -> torch.Tensor:
@@ -249,37 +326,10 @@ def _finish_gradients(
     return loss, measured
 
 
-def evaluation_at(state: State, step: int) -> dict[str, Any] | None:
-    """Return what was measured on held-out data after that step, if it was: loss, perplexity, tokens."""
-    for entry in state.history:
-        if entry["event"] == "evaluation" and entry["step"] == step:
-            return {key: entry[key] for key in ("loss", "perplexity", "tokens")}
-    return None
-
-
-def training_facts(state: State, dataset: Dataset, arguments: TrainingArguments) -> dict[str, Any]:
-    """Return the facts of a finished training: `tokens` read without padding, `trained_tokens` of them learned."""
-    steps_an_epoch = math.ceil(len(dataset.train) / arguments.rows_a_step)
-    return {
-        "steps": state.step,
-        "epochs": round(state.step / steps_an_epoch, 4),
-        "tokens": state.tokens,
-        "trained_tokens": state.targets,
-        "first_loss": state.first_loss,
-        "last_loss": state.last_loss,
-    }
-
-
 def _step_seed(seed: int, step: int, rank: int) -> int:
     # Seeds that are near to each other would give streams that are.
     text = f"{seed}:{step}:{rank}" if rank else f"{seed}:{step}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _diverged(what: str, step: int, total: int, saved_step: int) -> DivergedError:
-    kept = f"; the checkpoint of step {saved_step} is kept" if saved_step else ""
-    hint = "lower learning_rate, raise warmup_steps, or lower max_grad_norm"
-    return DivergedError(f"the {what}{kept}", place=f"step {step} of {total}", hint=hint)
 
 
 def _line(entry: dict[str, Any]) -> str:

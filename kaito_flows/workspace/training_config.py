@@ -1,7 +1,8 @@
 """KAITO's `training_config.yaml`: six sections, each key honoured or refused by name.
 
-A user's file need not be whole: what it leaves out comes from `presets/tuning/<method>.yaml`. The resolved config has
-every key, is what the tuner reads, and is part of the run's identity.
+A user's file need not be whole: what it leaves out comes from `presets/tuning/<method>.yaml`. The resolved config is
+what the tuner reads, and is part of the run's identity. It has every key but those of options that nobody asked for:
+so an adapter that was trained before an option was known is still found by its identity.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ class LoraConfig(_Section):
 
 
 class TrainingArguments(_Section):
-    """The settings of the training loop, as transformers and TRL name them."""
+    """The settings of the training loop, as transformers and TRL name them.
+
+    The last five are options; what is patience and threshold here are arguments of transformers' EarlyStoppingCallback.
+    """
 
     output_dir: str
     num_train_epochs: float = Field(gt=0)
@@ -90,6 +94,11 @@ class TrainingArguments(_Section):
     packing: bool
     ddp_find_unused_parameters: bool
     report_to: Literal["none"]
+    load_best_model_at_end: bool = False
+    metric_for_best_model: Literal["loss", "eval_loss"] | None = None
+    greater_is_better: Literal[False] | None = None
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    early_stopping_threshold: float = Field(default=0.0, ge=0)
 
 
 class DatasetConfig(_Section):
@@ -110,7 +119,7 @@ class DataCollator(_Section):
 
 
 class TrainingConfig(_Section):
-    """The resolved config: every section, every key."""
+    """The resolved config."""
 
     ModelConfig: ModelConfig
     QuantizationConfig: QuantizationConfig
@@ -121,7 +130,11 @@ class TrainingConfig(_Section):
 
     def as_yaml(self) -> str:
         """The config as `training_config.yaml` holds it."""
-        return yaml.safe_dump({ROOT_KEY: self.model_dump()}, sort_keys=False)
+        return yaml.safe_dump({ROOT_KEY: self.resolved()}, sort_keys=False)
+
+    def resolved(self) -> dict[str, Any]:
+        """The config as plain values, section by section, without options that nobody asked for."""
+        return self.model_dump(mode="json", exclude_unset=True)
 
     @classmethod
     def resolve(cls, method: str, text: str | None, *, place: str = CONFIG_KEY) -> TrainingConfig:
@@ -187,6 +200,8 @@ def _rules(method: str, config: Mapping[str, Any], place: str) -> Iterator[Fault
         if method == "qlora" and not (four or eight):
             yield Fault(path, "For method 'qlora', load_in_4bit must be true", "or use method: lora")
     arguments = config.get("TrainingArguments")
+    if isinstance(arguments, Mapping):
+        yield from _best_rules(arguments, config.get("DatasetConfig"), place)
     output = arguments.get("output_dir") if isinstance(arguments, Mapping) else None
     if isinstance(output, str) and output.rstrip("/") != "/mnt/results":
         yield Fault(
@@ -194,3 +209,17 @@ def _rules(method: str, config: Mapping[str, Any], place: str) -> Iterator[Fault
             f"{output!r}: results are written to /mnt/results",
             "leave it out, or write /mnt/results; the adapter is published from there",
         )
+
+
+def _best_rules(arguments: Mapping[str, Any], data: Any, place: str) -> Iterator[Fault]:
+    """transformers' rules on the best adapter: there are evaluations to choose among, and it is kept to stop early."""
+    best, path = arguments.get("load_best_model_at_end"), f"{place}: TrainingArguments"
+    if best and arguments.get("eval_strategy") == "no":
+        hint = "eval_strategy: steps, or epoch"
+        yield Fault(f"{path}.load_best_model_at_end", "needs evaluations to choose among", hint)
+    if best and isinstance(data, Mapping) and data.get("train_test_split") == 1:
+        hint = "a DatasetConfig.train_test_split below 1"
+        yield Fault(f"{path}.load_best_model_at_end", "needs held-out data, and nothing is held out", hint)
+    if arguments.get("early_stopping_patience") is not None and not best:
+        hint = "load_best_model_at_end: true"
+        yield Fault(f"{path}.early_stopping_patience", "needs the best adapter to be kept", hint)

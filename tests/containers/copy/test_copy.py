@@ -180,7 +180,7 @@ def test_a_volume_that_fills_up_meanwhile_is_told_and_nothing_half_is_left(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tarfile.copyfileobj", full)
+    monkeypatch.setattr("shutil.copyfileobj", full)
     with pytest.raises(DiskFullError, match="disk-full"):
         copy(job(tmp_path, facts["image"], "/out"))
     assert found(tmp_path / "out") == {}

@@ -46,15 +46,16 @@ def test_kaitos_adapter_is_checked_and_unpacked(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("DOCKER_CONFIG", str(registry.config_folder))
     job = read_job(write_job(tmp_path, weights, {kaitos.name: kaitos.image}), ServerJob)
-    check_adapter(kaitos)
+    check_adapter(job, kaitos)
     folder = unpack_adapter(job, kaitos)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (folder / name).read_bytes() == (adapters["glosses"] / name).read_bytes()
 
 
 def test_an_adapter_that_may_not_be_pulled_is_told(
-    kaitos: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kaitos: Adapter, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    job = read_job(write_job(tmp_path, weights, {kaitos.name: kaitos.image}), ServerJob)
     with pytest.raises(AccessError, match="pull-refused: docker://"):
-        check_adapter(kaitos)
+        check_adapter(job, kaitos)

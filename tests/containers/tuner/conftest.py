@@ -22,23 +22,48 @@ import pytest
 import torch
 import yaml
 from safetensors.numpy import save as save_arrays
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from kaito_flows.oci.images import build_image
+from kaito_flows.containers.tuner.data import Dataset, load_dataset, unpack
+from kaito_flows.containers.tuner.job import TrainingConfig, read_config
+from kaito_flows.containers.tuner.model import Adapted, adapt, load_base
+from kaito_flows.containers.tuner.preemption import Preemption
+from kaito_flows.containers.tuner.training import train
+from kaito_flows.oci.images import build_image, open_image
 from kaito_flows.oci.layout import Layout
 
 VOCABULARY = 256
 PAD = 0
 LENGTH = 48
 IDENTITY = "ab" * 32
+SEPARATE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TARGETS = {
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    **dict.fromkeys(("llama", "qwen2", "gemma", "mistral"), SEPARATE),
 }
+TEMPLATE = (
+    "{% for m in messages %}{{ 't3 ' + m['content'] + ' t4 ' if m['role'] == 'user' else m['content'] + ' <2> ' }}"
+    "{% endfor %}"
+)
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A tokenizer whose words are `<0>` to `<2>` and `t3` to `t255`, by their numbers; chats as `make_document`'s."""
+    # Special tokens are found inside of words too.
+    words = {f"<{number}>" if number < 3 else f"t{number}": number for number in range(VOCABULARY)}
+    raw = Tokenizer(WordLevel(words, unk_token="<0>"))
+    raw.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<0>", bos_token="<1>", eos_token="<2>", chat_template=TEMPLATE
+    )
+    tokenizer.save_pretrained(folder)
 
 
 def make_model(kind: str, folder: Path | None = None, **changed: Any) -> Any:
-    """A random model of that kind, saved with a stand-in for a tokenizer if a folder is given."""
+    """A random model of that kind, saved with a tokenizer if a folder is given."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -53,15 +78,14 @@ def make_model(kind: str, folder: Path | None = None, **changed: Any) -> Any:
     model = AutoModelForCausalLM.from_config(config)
     if folder is not None:
         model.save_pretrained(folder)
-        (folder / "tokenizer.json").write_text('{"version": "1.0"}')
-        (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+        make_tokenizer(folder)
     return model
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folders of the tiny models, by kind."""
-    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("phi3", "llama")}
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in TARGETS}
     for kind, folder in folders.items():
         make_model(kind, folder)
     return folders
@@ -158,9 +182,41 @@ def make_config(method: str, kind: str, **changed: Any) -> dict[str, Any]:
         "DataCollator": {"mlm": False},
     }  # fmt: skip
     for key, value in changed.items():
-        [section] = [section for section in config if key in config[section]]
+        # Options that are off are in no section.
+        [section] = [section for section in config if key in config[section]] or ["TrainingArguments"]
         config[section][key] = value
     return config
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory, rows: Rows) -> Dataset:
+    """The rows, as the tuner reads them from their image."""
+    folder = tmp_path_factory.mktemp("dataset")
+    unpack(open_image(make_dataset(folder / "registry", rows)), folder / "data")
+    return load_dataset(folder / "data")
+
+
+@pytest.fixture
+def resolved(tmp_path: Path) -> Any:
+    """Reads a config with these changes, as the tuner does."""
+
+    def resolve(method: str = "qlora", kind: str = "phi3", **changed: Any) -> TrainingConfig:
+        path = tmp_path / "training_config.yaml"
+        path.write_text(yaml.safe_dump({"training_config": make_config(method, kind, **changed)}))
+        return read_config(path, method)
+
+    return resolve
+
+
+def adapted_model(folder: Path, config: TrainingConfig) -> Adapted:
+    return adapt(load_base(folder, config), "tests/tiny", config)
+
+
+def trained(folder: Path, config: TrainingConfig, dataset: Dataset, results: Path) -> dict[str, torch.Tensor]:
+    """Train to the end; return what the adapter's matrices are then."""
+    adapted = adapted_model(folder, config)
+    train(adapted, dataset, config, IDENTITY, results, Preemption())
+    return {name: parameter.detach().clone() for name, parameter in adapted.parameters.items()}
 
 
 @dataclass

@@ -97,6 +97,8 @@ def test_a_bad_job_file_is_refused(root: Root, change: Change, place: str, messa
         (config("TrainingArguments", "learning_rate", float("nan")), "TrainingArguments.learning_rate", "nan"),
         (config("TrainingArguments", "max_steps", 0), "TrainingArguments.max_steps", "-1"),
         (config("TrainingArguments", "optim", "sgd"), "TrainingArguments.optim", "adamw_torch"),
+        (config("TrainingArguments", "load_best_model_at_end", True), "load_best_model_at_end", "needs evaluations"),
+        (config("TrainingArguments", "early_stopping_patience", 3), "early_stopping_patience", "best adapter"),
         (config("TrainingArguments", "packing", 1), "TrainingArguments.packing", "true or false"),
         (lambda root: root.write_config("training_config: [1, 2"), "training_config.yaml", "not YAML"),
         (lambda root: root.write_config("a: 1"), "training_config.yaml", "'training_config'"),

@@ -13,54 +13,23 @@ import numpy as np
 import pytest
 import torch
 import transformers
-import yaml
-from safetensors.torch import load_file
 from torch.nn import functional
 
 from kaito_flows.containers.tuner import checkpoint
-from kaito_flows.containers.tuner.data import Dataset, Split, load_dataset, unpack
+from kaito_flows.containers.tuner.data import Dataset, Split
 from kaito_flows.containers.tuner.evaluation import evaluate
 from kaito_flows.containers.tuner.isolation import document_mask, needs_mask
-from kaito_flows.containers.tuner.job import TrainingConfig, read_config
 from kaito_flows.containers.tuner.loss import loss_sum
 from kaito_flows.containers.tuner.memory import is_out_of_memory
-from kaito_flows.containers.tuner.model import Adapted, adapt, load_base
+from kaito_flows.containers.tuner.portion import Portion
 from kaito_flows.containers.tuner.preemption import Preemption
 from kaito_flows.containers.tuner.schedule import learning_rate, steps_in_all
 from kaito_flows.containers.tuner.training import train
-from kaito_flows.errors import DivergedError, PreemptedError
-from kaito_flows.oci.images import open_image
+from kaito_flows.errors import PreemptedError
 
-from .conftest import IDENTITY, LENGTH, TARGETS, Rows, make_config, make_dataset, make_model
+from .conftest import IDENTITY, LENGTH, TARGETS, adapted_model, make_model, trained
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory, rows: Rows) -> Dataset:
-    folder = tmp_path_factory.mktemp("dataset")
-    unpack(open_image(make_dataset(folder / "registry", rows)), folder / "data")
-    return load_dataset(folder / "data")
-
-
-@pytest.fixture
-def resolved(tmp_path: Path) -> Any:
-    def resolve(method: str = "qlora", kind: str = "phi3", **changed: Any) -> TrainingConfig:
-        path = tmp_path / "training_config.yaml"
-        path.write_text(yaml.safe_dump({"training_config": make_config(method, kind, **changed)}))
-        return read_config(path, method)
-
-    return resolve
-
-
-def adapted_model(folder: Path, config: TrainingConfig) -> Adapted:
-    return adapt(load_base(folder, config), "tests/tiny", config)
-
-
-def trained(folder: Path, config: TrainingConfig, dataset: Dataset, results: Path) -> dict[str, torch.Tensor]:
-    adapted = adapted_model(folder, config)
-    train(adapted, dataset, config, IDENTITY, results, Preemption())
-    return {name: parameter.detach().clone() for name, parameter in adapted.parameters.items()}
 
 
 def reference_loss(model: Any, split: Split, rows: list[int]) -> float:
@@ -182,7 +151,7 @@ def test_gradients_are_the_same_before_and_after_an_evaluation(
 
     before = gradients()
     assert dataset.validation is not None
-    assert evaluate(adapted, dataset.validation, 2, stop=lambda: False) is not None
+    assert evaluate(adapted, dataset.validation, Portion(2), stop=lambda: False) is not None
     assert all(torch.equal(a, b) for a, b in zip(before, gradients(), strict=True))
 
 
@@ -265,21 +234,6 @@ def test_a_checkpoint_that_is_damaged_or_anothers_is_passed_over(
     events = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert {"event": "resumed", "step": 2} in events
     assert all(torch.equal(undisturbed[name], again[name]) for name in undisturbed)
-
-
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(
-    models: dict[str, Path], dataset: Dataset, resolved: Any, tmp_path: Path
-) -> None:
-    config = resolved("lora", "llama", learning_rate=1e30, warmup_steps=3, save_steps=1, max_grad_norm=0.0)
-    with pytest.raises(DivergedError) as caught:
-        trained(models["llama"], config, dataset, tmp_path)
-    [*_, last] = sorted((tmp_path / "checkpoints").iterdir())
-    step = int(last.name.removeprefix("step-"))
-    assert step >= 1
-    assert caught.value.place == f"step {step + 1} of 10"
-    assert f"checkpoint of step {step} is kept" in caught.value.message
-    kept = load_file(last / checkpoint.ADAPTER)
-    assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
 
 
 def test_no_file_of_a_checkpoint_is_a_pickle(

@@ -37,8 +37,11 @@ from .conftest import (
 HARD: dict[str, Any] = {"lora_dropout": 0.05, "eval_strategy": "steps", "eval_steps": 3, "save_steps": 2}
 
 
+SAMPLES = [{"messages": [{"role": "user", "content": "t100 t50"}], "answer": "t9 t9"}]
+
+
 def hard_root(folder: Path, models: dict[str, Path], rows: Rows) -> Root:
-    dataset = make_dataset(folder / "data-registry", rows)
+    dataset = make_dataset(folder / "data-registry", rows, **{"samples.json": json.dumps(SAMPLES).encode()})
     return make_root(folder / "root", models["phi3"], dataset, make_config("qlora", "phi3", **HARD))
 
 
@@ -140,6 +143,30 @@ def test_checkpoints_are_gone_when_the_image_is_published(tuned: Tuned) -> None:
     timings = json.loads((tuned.root.results / "timings.json").read_text())
     assert timings["tokens_per_second"] > 0
     assert tuned.completed["timings"] == timings
+
+
+def test_the_run_tells_its_first_step_its_learning_rate_and_its_peaks(tuned: Tuned) -> None:
+    timings = tuned.completed["timings"]
+    [first] = tuned.running.all("first-step")
+    names = [told["event"] for told in tuned.running.events]
+    assert names.index("first-step") < names.index("progress")
+    assert first["seconds"] == timings["first_step_seconds"]
+    stages = sum(timings[f"{stage}_seconds"] for stage in ("read", "load"))
+    assert stages < timings["first_step_seconds"] < stages + timings["train_seconds"] + 60
+    assert 50e6 < timings["peak_host_bytes_loading"] <= timings["peak_host_bytes"] < 4e9
+    rates = [told["learning_rate"] for told in tuned.running.all("progress")]
+    assert rates[0] == 0.01
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_sample_answers_are_told_and_the_image_has_none_of_the_data(tuned: Tuned) -> None:
+    [told] = tuned.running.all("samples")
+    [sample] = told["samples"]
+    assert (sample["messages"], sample["expected"]) == (SAMPLES[0]["messages"], "t9 t9")
+    assert sample["base"] != sample["tuned"]
+    image = open_image(tuned.completed["image"])
+    for name in ("metrics.json", "README.md"):
+        assert "t100 t50" not in read_file(image, f"data/{name}").decode()
 
 
 def test_the_same_job_again_trains_nothing(tuned: Tuned) -> None:

@@ -60,11 +60,33 @@ def test_as_yaml_it_reads_back_the_same() -> None:
         ({"QuantizationConfig": {"load_in_8bit": True}}, "load_in_8bit"),
         ({"QuantizationConfig": {"load_in_4bit": False}}, "For method 'qlora', load_in_4bit must be true"),
         ({"DatasetConfig": {"train_test_split": 0}}, "greater than 0"),
+        ({"TrainingArguments": {"load_best_model_at_end": True}}, "needs evaluations to choose among"),
+        (
+            {
+                "TrainingArguments": {"load_best_model_at_end": True, "eval_strategy": "epoch"},
+                "DatasetConfig": {"train_test_split": 1},
+            },
+            "nothing is held out",
+        ),
+        ({"TrainingArguments": {"early_stopping_patience": 2}}, "needs the best adapter to be kept"),
+        ({"TrainingArguments": {"early_stopping_patience": 0}}, "greater than or equal to 1"),
+        ({"TrainingArguments": {"greater_is_better": True}}, "greater_is_better: True is not False"),
+        ({"TrainingArguments": {"metric_for_best_model": "eval_bleu"}}, "metric_for_best_model: 'eval_bleu' is not"),
         ({"ModelConfig": {"trust_remote_code": True}}, 'unknown key "trust_remote_code"'),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(sections: dict[str, Any], fault: str) -> None:
     assert fault in faults(**sections)
+
+
+def test_options_that_nobody_asked_for_leave_the_config_as_it_was() -> None:
+    """So that adapters are found which were trained before there was the option."""
+    assert "load_best_model_at_end" not in TrainingConfig.resolve("qlora", None).as_yaml()
+    asked = {"load_best_model_at_end": True, "eval_strategy": "epoch", "early_stopping_patience": 3}
+    config = resolve(TrainingArguments=asked)
+    assert config.resolved()["TrainingArguments"].items() >= asked.items()
+    assert "early_stopping_threshold" not in config.resolved()["TrainingArguments"]
+    assert TrainingConfig.resolve("qlora", config.as_yaml()) == config
 
 
 def test_lora_does_not_quantise() -> None:
