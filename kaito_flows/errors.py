@@ -23,7 +23,11 @@ A user sees one line for each: what kind it is (`code`), where (`place`), why (`
         ├── ServiceError           a service did not come up, or does not answer
         ├── RegistryError          a registry does not answer, or answers with nonsense; job exit code 20; retryable
         ├── ClusterError           the Kubernetes API does not answer; retryable
+        ├── CloudError             the cloud does not answer, or fails; retryable
         ├── SchedulingError        no node takes the pod, in the scheduler's words
+        │   └── CapacityError      a node cannot be rented now: another size, zone or price may do
+        ├── LeaseLostError         nodes are no longer the run's; retryable
+        ├── BudgetError            nodes have cost what they may
         ├── ImagePullError         a container's image cannot be pulled
         └── DeadlineError          it took longer than it may
 
@@ -42,6 +46,9 @@ from typing import Any, ClassVar
 
 __all__ = [
     "AccessError",
+    "BudgetError",
+    "CapacityError",
+    "CloudError",
     "ClusterError",
     "ConfigError",
     "DatasetError",
@@ -55,6 +62,7 @@ __all__ = [
     "JobError",
     "KaitoFlowsError",
     "KilledError",
+    "LeaseLostError",
     "OutOfMemoryError",
     "PlanError",
     "PortTakenError",
@@ -284,6 +292,32 @@ class SchedulingError(RunError):
     """No node takes the pod."""
 
     code = "unschedulable"
+
+
+class CapacityError(SchedulingError):
+    """A node that was to be rented cannot be had now: no quota, no capacity, not offered, or it did not come up."""
+
+    code = "no-capacity"
+
+
+class CloudError(RunError):
+    """A cloud's API does not answer, or fails."""
+
+    code = "cloud-unavailable"
+    retryable = True
+
+
+class LeaseLostError(RunError):
+    """The nodes of a lease are no longer the run's: it has run out, or somebody has taken them away."""
+
+    code = "lease-lost"
+    retryable = True
+
+
+class BudgetError(RunError):
+    """The run's nodes have cost as much as they may."""
+
+    code = "over-budget"
 
 
 class ImagePullError(RunError):

@@ -30,6 +30,10 @@ class Settings(BaseSettings):
     namespace: str = Field("", description="The namespace; empty: the Workspace's, else that of the kubeconfig.")
     tuner_image: str = Field(f"kaito-flows/tuner:{__version__}", description="The image of tuning pods.")
     server_image: str = Field(f"kaito-flows/server:{__version__}", description="The image of serving pods.")
+    worker_image: str = Field(
+        f"kaito-flows/worker:{__version__}",
+        description="The image of flow runs, by which a rented node also fetches weights ahead.",
+    )
     image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = Field("IfNotPresent")
     image_pull_secrets: str = Field("", description="Secrets for those images, separated by commas.")
     insecure_registries: str = Field("", description="Registries that are spoken to over plain HTTP: host[:port], …")
@@ -48,11 +52,47 @@ class Settings(BaseSettings):
     job_kept_seconds: int = Field(3600, ge=0, description="How long a job that ended is kept for its logs.")
     checkpoint_seconds: float = Field(300.0, ge=0, description="How often a checkpoint goes to the registry.")
     pending_seconds: float = Field(900.0, gt=0, description="How long a pod may wait for a node before the run fails.")
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="The port where the watcher answers Prometheus (/metrics); 0: none."
+    )
+
+    nodes: str = Field(
+        "existing",
+        pattern=r"^(existing|karpenter|aks)(,(existing|karpenter|aks))*$",
+        description="Where GPU nodes come from, in the order in which it is tried: existing, karpenter, aks.",
+    )
+    owner: str = Field("kaito-flows", max_length=63, description="Tells installations that share a cluster apart.")
+    capacity: Literal["on-demand", "spot", "spot,on-demand"] = Field(
+        "on-demand", description="What is rented; the annotation kaito-flows/capacity says otherwise for a Workspace."
+    )
+    zones: str = Field("", description="The zones in which nodes are rented, in this order: `1,2,3`; empty: any.")
+    max_price_usd_hour: float | None = Field(None, gt=0, description="No node that costs more is rented.")
+    max_cost_usd: float | None = Field(
+        None,
+        gt=0,
+        description="What a run's nodes may cost; the annotation kaito-flows/max-cost-usd is for a Workspace.",
+    )
+    lease_minutes: float = Field(60.0, ge=5, description="How long a node stays when its run gives no sign of life.")
+    grace_seconds: float = Field(
+        0.0, ge=0, description="How long a node is kept for the Workspace's next run, when one has succeeded."
+    )
+    node_ready_seconds: float = Field(1200.0, gt=0, description="How long a node that was asked for may take.")
+    capacity_seconds: float = Field(1800.0, ge=0, description="How long a run waits for any of the sizes to be had.")
+    aks_subscription: str = Field("", description="The Azure subscription of the cluster.")
+    aks_resource_group: str = Field("", description="The cluster's resource group.")
+    aks_cluster: str = Field("", description="The cluster's name in Azure.")
+    aks_spot_max_price: float = Field(-1.0, description="USD an hour that a spot node may cost; -1: as on demand.")
+    karpenter_node_class: str = Field("", description="`KIND/NAME` of the node class; empty: the one that is there.")
 
     @cached_property
     def folder(self) -> Path:
         """`home`, absolute and without `~`."""
         return self.home.expanduser().absolute()
+
+    @property
+    def rents(self) -> bool:
+        """Whether nodes may be rented."""
+        return self.platform == "kubernetes" and self.nodes != "existing"
 
     def layout(self, reference: Reference) -> Path:
         """The OCI layout folder that stands for an image repository on this machine."""

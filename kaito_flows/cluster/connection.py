@@ -144,6 +144,10 @@ class Connection:
         response = self._send(request, "GET", path, params, None, {"Accept": "*/*"}, patience_seconds)
         return response.content.decode("utf-8", errors="replace")
 
+    def headers(self, request: Request, path: str) -> Mapping[str, str]:
+        """Ask, as `request` does, and return the headers of the answer."""
+        return self._send(request, "GET", path, None, None, {"Accept": "application/json"}, None).headers
+
     def _send(
         self,
         request: Request,

@@ -13,12 +13,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Literal
 
 import httpx
 
 from kaito_flows.cluster import labels as names
 from kaito_flows.cluster.connection import PATIENCE_SECONDS, Connection, connect
+from kaito_flows.cluster.discovery import served, server_time
 from kaito_flows.cluster.ensuring import Ensured, ensure, wait_gone
 from kaito_flows.cluster.logs import LogLine, follow, read
 from kaito_flows.cluster.records import EventType, events_of, record
@@ -140,22 +142,27 @@ class Cluster:
         grace_seconds: int | None = None,
         propagation: Propagation = "Background",
         uid: str | None = None,
+        resource_version: str | None = None,
     ) -> bool:
         """Delete the object, or only the one with that `uid`; return whether there was one.
 
         It may still be there afterwards, with a `deletionTimestamp`: `wait_gone` waits.
+
+        Raises:
+            ConflictError: `resource_version` is not the newest.
         """
         options: Object = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": propagation}
         if grace_seconds is not None:
             options["gracePeriodSeconds"] = grace_seconds
-        if uid is not None:
-            options["preconditions"] = {"uid": uid}
+        conditions = {"uid": uid, "resourceVersion": resource_version}
+        if wanted := {key: value for key, value in conditions.items() if value is not None}:
+            options["preconditions"] = wanted
         try:
             self._ask("DELETE", "delete", resource(kind), name, body=options)
         except MissingError:
             return False
         except ConflictError:
-            if uid is None:
+            if uid is None or resource_version is not None:
                 raise
             return False
         return True
@@ -281,6 +288,16 @@ class Cluster:
     def read_logs(self, pod: str, container: str = "", *, tail: int = 20, previous: bool = False) -> str:
         """Return the last lines of a container's log, or of its last run before a restart; empty if there is none."""
         return read(self, pod, container, tail=tail, previous=previous)
+
+    # --- the API server -----------------------------------------------------------------------------------------------
+
+    def served(self, kind: str) -> Names:
+        """Return the API versions in which the cluster serves a kind of a custom resource, the preferred one first."""
+        return served(self.connection, resource(kind))
+
+    def server_time(self) -> datetime:
+        """Return the time by the API server's clock, to the second, in UTC."""
+        return server_time(self.connection)
 
     # --- events, rights, services ------------------------------------------------------------------------------------
 

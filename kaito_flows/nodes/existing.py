@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from threading import Event
 from typing import Any
 
 from kaito_flows.cluster.gateway import Cluster
 from kaito_flows.errors import SchedulingError
-from kaito_flows.nodes.base import NodeLease, NodeRequest
-
-GPU = "nvidia.com/gpu"
-INSTANCE_TYPE = "node.kubernetes.io/instance-type"
+from kaito_flows.nodes.base import Holder, NodeLease, NodeRequest, Tell
+from kaito_flows.nodes.pools import POOL_LABEL
+from kaito_flows.nodes.readiness import GPU, INSTANCE_TYPE, is_ready, name_of
 
 
 class ExistingNodes:
@@ -19,7 +19,11 @@ class ExistingNodes:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
 
-    def lease(self, request: NodeRequest) -> NodeLease:
+    def check(self, request: NodeRequest) -> Mapping[str, str]:
+        """Nothing is rented, so nothing speaks against it."""
+        return {}
+
+    def lease(self, request: NodeRequest, tell: Tell, stop: Event | None = None) -> NodeLease:
         """Return the names of every node that could take the job, preferred ones first.
 
         Raises:
@@ -33,14 +37,21 @@ class ExistingNodes:
         fitting.sort(key=lambda name: (name not in request.preferred, name))
         chosen = next(node for node in nodes if name_of(node) == fitting[0])
         size = request.instance_type or chosen["metadata"].get("labels", {}).get(INSTANCE_TYPE, "")
-        return NodeLease("existing", request.workspace, tuple(fitting), size, 0.0)
+        return NodeLease("existing", request.workspace, tuple(fitting), size, 0.0, gpus=request.gpus)
 
     def alive(self, lease: NodeLease) -> bool:
         """Whether one of the nodes is still there and ready."""
-        ready = {name_of(node) for node in self._cluster.list("Node") if _is_ready(node)}
+        ready = {name_of(node) for node in self._cluster.list("Node") if is_ready(node)}
         return not ready.isdisjoint(lease.nodes)
 
-    def release(self, lease: NodeLease) -> None:
+    def renew(self, lease: NodeLease) -> NodeLease:
+        """Own nodes stay."""
+        return lease
+
+    def release(self, holder: Holder, *, keep: bool = False) -> None:
+        """Own nodes stay."""
+
+    def hand_over(self, holder: Holder, nodes: Sequence[str]) -> None:
         """Own nodes stay."""
 
 
@@ -51,17 +62,13 @@ def selector(request: NodeRequest) -> str:
     return ",".join([*equal, *among])
 
 
-def name_of(node: Mapping[str, Any]) -> str:
-    """The label by which pods are pinned to the node: its host name, nearly always its name."""
-    labels = node["metadata"].get("labels", {})
-    return str(labels.get("kubernetes.io/hostname", node["metadata"]["name"]))
-
-
 def _against(node: Mapping[str, Any], request: NodeRequest) -> str:
     """What keeps a node from taking the job, "" if nothing does."""
     size = node["metadata"].get("labels", {}).get(INSTANCE_TYPE, "")
     gpus = int(node.get("status", {}).get("allocatable", {}).get(GPU, "0"))
-    if not _is_ready(node):
+    if POOL_LABEL in node["metadata"].get("labels", {}):
+        return "is rented for another purpose"
+    if not is_ready(node):
         return "is not Ready"
     if node.get("spec", {}).get("unschedulable"):
         return "is cordoned"
@@ -71,11 +78,6 @@ def _against(node: Mapping[str, Any], request: NodeRequest) -> str:
     if gpus < request.gpus:
         return f"offers {gpus} {GPU}, not {request.gpus}"
     return ""
-
-
-def _is_ready(node: Mapping[str, Any]) -> bool:
-    conditions = node.get("status", {}).get("conditions", ())
-    return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
 
 
 def _told(request: NodeRequest, against: Mapping[str, str]) -> str:

@@ -30,7 +30,7 @@ from kaito_flows.presets.loader import Preset, load_preset
 from kaito_flows.workspace import WorkspaceFile
 from kaito_flows.workspace.training_config import ROOT_KEY
 
-__all__ = ["DatasetFacts", "Plan", "make_plan", "plan_workspace", "requires_bf16"]
+__all__ = ["DatasetFacts", "Plan", "make_plan", "plan_rented", "plan_workspace", "requires_bf16"]
 
 # Beside the weights: the dataset, checkpoints, the adapter and its image.
 DISK_REST = 1_000_000_000
@@ -337,8 +337,12 @@ def make_plan(
     return plan.with_dataset(dataset) if dataset is not None else plan
 
 
-def plan_workspace(file: WorkspaceFile, platform: Platform, *, gpus: int | None = None) -> Plan:
-    """Plan the tuning that a Workspace file asks for; `gpus` as in `make_plan`.
+def plan_workspace(
+    file: WorkspaceFile, platform: Platform, *, gpus: int | None = None, instance_type: str | None = None
+) -> Plan:
+    """Plan the tuning that a Workspace file asks for, on nodes of `instance_type` if it names none itself.
+
+    `gpus` as in `make_plan`.
 
     Raises:
         PlanError: it is not for tuning; and as `make_plan`.
@@ -350,13 +354,27 @@ def plan_workspace(file: WorkspaceFile, platform: Platform, *, gpus: int | None 
     return make_plan(
         load_preset(tuning.preset.name).from_image(tuning.preset.preset_options.image),
         tuning.method,
-        file.training_config.model_dump(mode="json"),
+        file.training_config.resolved(),
         workspace=file.workspace.name,
-        instance_type=file.workspace.resource.instance_type or None,
+        instance_type=file.workspace.resource.instance_type or instance_type,
         nodes=file.workspace.resource.count if platform == "kubernetes" else 1,
         gpus=gpus,
         platform=platform,
     )
+
+
+def plan_rented(file: WorkspaceFile) -> Plan:
+    """Plan the tuning that a Workspace file asks for where nodes are rented: no size means the cheapest that fits.
+
+    Raises:
+        PlanError: as `plan_workspace`.
+        ConfigError: as `plan_workspace`.
+    """
+    gpus = file.workspace.gpus
+    made = plan_workspace(file, "kubernetes", gpus=gpus)
+    if made.instance_type is None and made.candidates and gpus != 0:
+        made = plan_workspace(file, "kubernetes", gpus=gpus, instance_type=made.candidates[0].sku.name)
+    return made
 
 
 def requires_bf16(config: Mapping[str, Any]) -> bool:

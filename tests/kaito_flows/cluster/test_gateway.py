@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -184,3 +185,27 @@ def test_a_quota_that_is_used_up_is_no_matter_of_rights(cluster: Cluster, make_c
         cluster.delete("Namespace", name)
     with pytest.raises((InputError, AccessError), match=r"namespace-(terminating|not-found)"):
         full.create(make_config_map("late"))
+
+
+def test_what_the_cluster_serves_is_told_by_its_api_versions(space: Cluster, workspaces_crd: str) -> None:
+    assert space.served("Workspace") == ["kaito.sh/v1beta1", "kaito.sh/v1alpha1"]
+    assert space.served("KaitoNodeClass") == [], "the group is there, and the kind is not"
+    assert space.served("EC2NodeClass") == [], "nor is the group"
+
+
+def test_the_api_servers_time_is_about_ours(space: Cluster) -> None:
+    now = space.server_time()
+    assert now.microsecond == 0 and abs(now - datetime.now(UTC)) < timedelta(seconds=30)
+
+
+def test_an_object_that_has_changed_since_it_was_read_is_not_deleted(space: Cluster) -> None:
+    meta = {"name": "deleted-as-read", "namespace": space.namespace}
+    read = space.create({"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta})["metadata"]
+    space.patch("ConfigMap", "deleted-as-read", {"data": {"a": "b"}})
+    versions = {"uid": read["uid"], "resource_version": read["resourceVersion"]}
+    with pytest.raises(ConflictError):
+        space.delete("ConfigMap", "deleted-as-read", **versions)
+    found = space.get("ConfigMap", "deleted-as-read")
+    assert found is not None
+    assert space.delete("ConfigMap", "deleted-as-read", resource_version=found["metadata"]["resourceVersion"])
+    assert not space.delete("ConfigMap", "deleted-as-read", **versions)

@@ -37,7 +37,7 @@ class Nodes:
 
 
 def lease(*nodes: dict[str, Any], **request: Any) -> NodeLease:
-    return ExistingNodes(Nodes(*nodes)).lease(NodeRequest("w", **{"gpus": 1, **request}))  # type: ignore[arg-type]
+    return ExistingNodes(Nodes(*nodes)).lease(NodeRequest("w", **{"gpus": 1, **request}), lambda *_: None)  # type: ignore[arg-type]
 
 
 def test_every_node_that_fits_is_named_and_preferred_ones_come_first() -> None:
@@ -60,7 +60,7 @@ def test_nodes_are_asked_for_by_the_labels_that_the_workspace_names() -> None:
     request = NodeRequest.of(WorkspaceV1beta1.model_validate(raw), gpus=4)
     assert request.gpus == 0, "the annotation asks for CPUs"
     listed = Nodes(node("a", gpus=0))
-    ExistingNodes(listed).lease(request)  # type: ignore[arg-type]
+    ExistingNodes(listed).lease(request, lambda *_: None)  # type: ignore[arg-type]
     assert listed.asked == "a=b,app=w,zone in (1,2)"
 
 
@@ -92,3 +92,11 @@ def test_a_lease_lives_as_long_as_one_of_its_nodes() -> None:
     held = NodeLease("existing", "w", ("a", "b"), "", 0.0)
     assert ExistingNodes(Nodes(node("a", ready="Unknown"), node("b"))).alive(held)  # type: ignore[arg-type]
     assert not ExistingNodes(Nodes(node("a", ready="Unknown"), node("c"))).alive(held)  # type: ignore[arg-type]
+
+
+def test_a_node_that_is_rented_for_somebody_is_nobody_else_s() -> None:
+    rented = node("rented")
+    rented["metadata"]["labels"]["kaito-flows/pool"] = "kf0123456789"
+    assert lease(rented, node("own")).nodes == ("own",)
+    with pytest.raises(SchedulingError, match="rented is rented for another purpose"):
+        lease(rented)

@@ -1,0 +1,307 @@
+"""A lease from AKS, from the first offer to the node that is given back, through all that goes wrong on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from arm import Azure, Failure
+from arm_fixtures import A100, A100_FAMILY, T4, PoolNodes, SteadyClock
+from arm_proxy import Fault
+
+from kaito_flows.errors import CloudError, SchedulingError
+from kaito_flows.nodes import NodeLease, NodeRequest, Offer
+from kaito_flows.nodes.aks import AksPools
+from kaito_flows.nodes.renting import RentedNodes
+from kaito_flows.settings import Settings
+
+LARGE, SMALL, SPOT = Offer(A100, 1), Offer(T4, 1), Offer(A100, 1, spot=True)
+REQUEST = NodeRequest("tune", gpus=1, namespace="default", run_id="run-1", offers=(LARGE, SMALL))
+Rent = Callable[..., RentedNodes]
+
+
+class Crash(BaseException):
+    """The process is gone."""
+
+
+class Told:
+    """What a run was told, in order."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, dict[str, Any]]] = []
+
+    def __call__(self, what: str, facts: dict[str, Any]) -> None:
+        self.said.append((what, facts))
+
+    def reasons(self, what: str) -> list[str]:
+        return [facts["reason"] for name, facts in self.said if name == what]
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+@pytest.fixture
+def rent(azure: Azure, steady: SteadyClock) -> Rent:
+    """A provider as a new process has it, with settings of its own."""
+    azure.boot_seconds = 240
+    return lambda nodes=None, **settings: RentedNodes(
+        AksPools.connect(Settings()),
+        nodes or PoolNodes(azure),  # type: ignore[arg-type]
+        Settings(**settings),
+    )
+
+
+def lease(nodes: RentedNodes, request: NodeRequest, told: Told, steady: SteadyClock) -> NodeLease:
+    return nodes.lease(request, told, steady)  # type: ignore[arg-type]
+
+
+def test_a_lease_from_check_to_release(rent: Rent, azure: Azure, told: Told, steady: SteadyClock) -> None:
+    """With a node that boots for four minutes, at most twelve requests to ARM."""
+    nodes = rent()
+    assert nodes.check(REQUEST) == {}
+    found = lease(nodes, REQUEST, told, steady)
+    (pool,) = azure.pools
+    assert (found.provider, found.name, found.instance_type, found.gpus) == ("aks", pool, A100, 1)
+    assert found.nodes == (f"aks-{pool}-vmss000000",)
+    assert found.created_at is not None
+    assert found.ready_at is not None
+    assert 240 <= (found.ready_at - found.created_at).total_seconds() <= 250
+    assert nodes.alive(found)
+    for _ in range(60):  # twenty minutes of training
+        steady.sleep(20)
+        found = nodes.renew(found)
+    nodes.release(REQUEST.holder)
+    assert azure.names() == []
+    assert azure.count() <= 12, azure.calls
+
+
+def test_a_lease_is_extended_while_its_run_lives(rent: Rent, azure: Azure, told: Told, steady: SteadyClock) -> None:
+    nodes = rent(lease_minutes=10, node_ready_seconds=300)
+    found = lease(nodes, REQUEST, told, steady)
+    for _ in range(60):
+        steady.sleep(60)
+        found = nodes.renew(found)
+        (pool,) = nodes.pools()
+        assert pool.record.expires_at == found.expires_at
+        assert found.expires_at is not None
+        assert 5 <= (found.expires_at - nodes.cloud.now()).total_seconds() / 60 <= 10
+
+
+def test_waits_are_told_with_their_reason(rent: Rent, told: Told, steady: SteadyClock) -> None:
+    lease(rent(), REQUEST, told, steady)
+    assert told.reasons("waiting for the node") == ["no node has joined the cluster: AKS: Creating"]
+
+
+def test_the_next_size_is_taken_when_quota_is_gone_since_the_check(
+    rent: Rent, azure: Azure, told: Told, steady: SteadyClock
+) -> None:
+    nodes = rent()
+    assert nodes.check(REQUEST) == {}
+    azure.usages[A100_FAMILY] = [48, 48]
+    assert lease(nodes, REQUEST, told, steady).instance_type == T4
+    (reason,) = told.reasons("moving on")
+    assert "Insufficient vcpu quota requested 24, remaining 0" in reason
+    assert len(azure.names()) == 1
+
+
+def test_what_the_check_speaks_against_is_not_asked_for(
+    rent: Rent, azure: Azure, told: Told, steady: SteadyClock
+) -> None:
+    azure.usages[A100_FAMILY] = [48, 48]
+    nodes = rent()
+    assert list(nodes.check(REQUEST)) == [str(LARGE)]
+    assert lease(nodes, REQUEST, told, steady).instance_type == T4
+    assert azure.count("PUT") == 1
+
+
+def test_a_success_that_turns_failed_is_removed_and_its_reason_told(
+    rent: Rent, azure: Azure, told: Told, steady: SteadyClock
+) -> None:
+    azure.failures = [Failure("AllocationFailed", "We do not have sufficient capacity")]
+    states: list[tuple[str, str]] = []
+    azure.on_change = lambda name, state: states.append((name, state))
+    found = lease(rent(), REQUEST, told, steady)
+    assert found.instance_type == T4
+    assert told.reasons("moving on") == ["AllocationFailed: We do not have sufficient capacity"]
+    assert azure.names() == [found.name]
+    failed = states[0][0]
+    assert [state for name, state in states if name == failed] == ["Creating", "Failed", "Deleting", "Gone"]
+
+
+def test_spot_falls_back_to_on_demand(rent: Rent, azure: Azure, told: Told, steady: SteadyClock) -> None:
+    azure.failures = [Failure("SkuNotAvailable", "Spot capacity is not available")]
+    found = lease(rent(), replace(REQUEST, offers=(SPOT, LARGE)), told, steady)
+    assert (found.instance_type, found.spot) == (A100, False)
+    assert [facts["offer"] for what, facts in told.said if what == "trying"] == [f"{A100} (spot)", A100]
+    (pool,) = azure.pools.values()
+    assert "scaleSetPriority" not in pool.body["properties"]
+
+
+def test_a_node_that_does_not_come_up_is_given_up(rent: Rent, azure: Azure, told: Told, steady: SteadyClock) -> None:
+    nodes = PoolNodes(azure)
+    nodes.absent = {A100}
+    found = lease(rent(nodes, node_ready_seconds=600), REQUEST, told, steady)
+    assert found.instance_type == T4
+    assert told.reasons("moving on") == ["not ready after 10 min: no node has joined the cluster"]
+    assert azure.names() == [found.name]
+
+
+def test_a_pool_that_is_made_for_ever_is_given_up(rent: Rent, azure: Azure, told: Told, steady: SteadyClock) -> None:
+    azure.boot_seconds, azure.abort_seconds = 36000, 5
+    with pytest.raises(SchedulingError, match=r"no-node.*node-not-ready: not ready after 5 min"):
+        lease(rent(node_ready_seconds=300, capacity_seconds=0), REQUEST, told, steady)
+    assert azure.names() == []
+
+
+def test_nothing_is_left_when_nothing_could_be_had(rent: Rent, azure: Azure, told: Told, steady: SteadyClock) -> None:
+    azure.failures = [Failure("AllocationFailed", "none left")] * 20
+    with pytest.raises(SchedulingError, match=rf"no-node.*{A100}: no-capacity.*{T4}: no-capacity"):
+        lease(rent(capacity_seconds=900), REQUEST, told, steady)
+    assert azure.names() == []
+    assert azure.count("PUT") >= 4
+
+
+def test_another_operation_is_waited_for(rent: Rent, azure: Azure, told: Told, steady: SteadyClock) -> None:
+    azure.one_at_a_time, azure.update_seconds = True, 45
+    other = replace(REQUEST, workspace="other")
+    nodes = rent()
+    nodes.hand_over(other.holder, lease(nodes, other, Told(), steady).nodes)
+    found = lease(rent(), REQUEST, told, steady)
+    assert found.name in azure.names()
+    assert "Another agentpool operation" in told.reasons("waiting for the cloud")[0]
+
+
+# --- a process that is killed -----------------------------------------------------------------------------------------
+
+
+def crash_at(what: str) -> Callable[[str, dict[str, Any]], None]:
+    def tell(said: str, _: dict[str, Any]) -> None:
+        if said == what:
+            raise Crash
+
+    return tell
+
+
+def test_a_run_that_was_killed_while_it_waited_finds_its_pool(
+    rent: Rent, azure: Azure, told: Told, steady: SteadyClock
+) -> None:
+    with pytest.raises(Crash):
+        rent().lease(REQUEST, crash_at("waiting for the node"), steady)
+    (pool,) = azure.pools
+    assert lease(rent(), REQUEST, told, steady).name == pool
+    assert azure.names() == [pool]
+    assert azure.count("PUT") == 1
+
+
+def test_a_run_whose_request_got_no_answer_finds_its_pool(
+    rent: Rent, azure: Azure, told: Told, steady: SteadyClock
+) -> None:
+    azure.faults = [Fault("PUT", cut="after", times=99)]
+    with pytest.raises(CloudError):
+        lease(rent(), REQUEST, told, steady)
+    azure.faults = []
+    (pool,) = azure.pools
+    assert lease(rent(), REQUEST, told, steady).name == pool
+    assert len(azure.names()) == 1
+
+
+def test_a_run_that_was_killed_before_its_request_leaves_nothing(rent: Rent, azure: Azure, steady: SteadyClock) -> None:
+    with pytest.raises(Crash):
+        rent().lease(REQUEST, crash_at("trying"), steady)
+    assert azure.names() == []
+
+
+def test_another_run_does_not_take_it(rent: Rent, azure: Azure, told: Told, steady: SteadyClock) -> None:
+    first = lease(rent(), REQUEST, told, steady)
+    second = lease(rent(), replace(REQUEST, run_id="run-2"), told, steady)
+    assert first.name != second.name
+    rent().release(replace(REQUEST.holder, run_id="run-2"))
+    assert azure.names() == [first.name]
+
+
+# --- giving back ------------------------------------------------------------------------------------------------------
+
+
+def test_a_release_that_fails_is_made_again(rent: Rent, azure: Azure, told: Told, steady: SteadyClock) -> None:
+    nodes = rent()
+    lease(nodes, REQUEST, told, steady)
+    azure.faults = [Fault("DELETE", 500, "InternalServerError", times=14)]
+    for _ in range(2):
+        with pytest.raises(CloudError):
+            nodes.release(REQUEST.holder)
+    assert len(azure.names()) == 1
+    nodes.release(REQUEST.holder)
+    assert azure.names() == []
+    nodes.release(REQUEST.holder)
+
+
+def test_only_what_is_ours_is_given_back(rent: Rent, azure: Azure, told: Told, steady: SteadyClock) -> None:
+    nodes = rent()
+    found = lease(nodes, REQUEST, told, steady)
+    tags = azure.pools[found.name].body["properties"]["tags"]
+    azure.put_there("system", mode="System")
+    azure.put_there("gpu", A100, nodeLabels={"kaito.sh/workspace": "tune"})
+    azure.put_there("theirs", A100, tags={**tags, "kaito-flows-owner": "another"})
+    azure.put_there("damaged", A100, tags={**tags, "kaito-flows-state": "?"})
+    nodes.release(REQUEST.holder)
+    nodes.release(replace(REQUEST.holder, run_id=""))
+    assert azure.names() == ["damaged", "gpu", "system", "theirs"]
+
+
+def test_a_node_that_is_kept_is_the_next_runs(rent: Rent, azure: Azure, told: Told, steady: SteadyClock) -> None:
+    nodes = rent(grace_seconds=600)
+    first = lease(nodes, REQUEST, told, steady)
+    nodes.release(REQUEST.holder, keep=True)
+    (pool,) = nodes.pools()
+    assert pool.record.state == "kept"
+    assert (pool.record.expires_at - nodes.cloud.now()).total_seconds() == pytest.approx(600, abs=2)
+    asked = azure.count("PUT")
+    second = lease(rent(), replace(REQUEST, run_id="run-2"), told, steady)
+    assert second.name == first.name
+    assert azure.count("PUT") == asked + 1
+    (pool,) = nodes.pools()
+    assert (pool.record.state, pool.record.holder.run_id) == ("leased", "run-2")
+
+
+def test_two_runs_that_race_for_a_kept_node_get_one_each(
+    rent: Rent, azure: Azure, told: Told, steady: SteadyClock
+) -> None:
+    nodes = rent(grace_seconds=600)
+    first = lease(nodes, REQUEST, told, steady)
+    nodes.release(REQUEST.holder, keep=True)
+    faster, slower = rent(), rent()
+    seen, taken = slower.cloud.pools(), []
+    slower.cloud.pools = lambda: seen  # type: ignore[method-assign]
+    taken.append(lease(faster, replace(REQUEST, run_id="run-2"), told, steady).name)
+    taken.append(lease(slower, replace(REQUEST, run_id="run-3"), told, steady).name)
+    assert taken[0] == first.name
+    assert taken[1] != first.name
+
+
+def test_a_node_is_handed_to_the_service_and_the_former_one_given_back(
+    rent: Rent, azure: Azure, told: Told, steady: SteadyClock
+) -> None:
+    nodes = rent()
+    first = lease(nodes, REQUEST, told, steady)
+    nodes.hand_over(REQUEST.holder, first.nodes)
+    nodes.release(REQUEST.holder)
+    assert azure.names() == [first.name]
+    second = lease(nodes, replace(REQUEST, run_id="run-2"), told, steady)
+    nodes.hand_over(replace(REQUEST.holder, run_id="run-2"), second.nodes)
+    assert [(pool.name, pool.record.state) for pool in nodes.pools()] == [(second.name, "serving")]
+    nodes.release(replace(REQUEST.holder, run_id=""))
+    assert azure.names() == []
+
+
+def test_a_wrong_local_clock_changes_nothing(rent: Rent, azure: Azure, told: Told, steady: SteadyClock) -> None:
+    """Azure's is nine hours behind ours, and the lease runs by it."""
+    azure.wall = lambda: steady.wall() - 9 * 3600
+    nodes = rent()
+    found = lease(nodes, REQUEST, told, steady)
+    assert found.expires_at is not None
+    assert abs(found.expires_at.timestamp() - azure.wall() - 3600) < 300
+    assert nodes.renew(found) == found
