@@ -1,4 +1,10 @@
-"""The flow `delete-workspace`: everything of a Workspace in the cluster is stopped and removed; images stay."""
+"""The flow `delete-workspace`: everything of a Workspace in the cluster is stopped and removed; images stay.
+
+Rented nodes are given back by whoever runs it, if its settings say that it rents. The watcher in a cluster does not
+(`KAITO_FLOWS_NODES: existing` in its manifest): Azure's client is 32 MB, a sixth of what it may take, and the rights to
+remove machines are better with flow runs alone. There the end of this flow starts `reap-nodes`
+(deployments/kubernetes/base/prefect.yaml), which finds the service, or the Workspace, gone.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +13,7 @@ from typing import Annotated
 from prefect import flow
 from pydantic import Field
 
+from kaito_flows.nodes.opening import release_all
 from kaito_flows.platforms import Platform
 from kaito_flows.settings import Settings
 from kaito_flows.tasks.progress import log
@@ -37,8 +44,10 @@ def delete_workspace(
 
     Raises:
         ClusterError: the Kubernetes API does not answer.
-        AccessError: it says no.
+        CloudError: a cloud does not, and nodes are still rented.
+        AccessError: one of them says no.
     """
     stopped = platform_in(namespace).delete(name)
     log(f"workspace {namespace}/{name} {uid}: removed {', '.join(stopped) or 'nothing: nothing was there'}")
+    release_all(Settings(), namespace, name)
     return stopped

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from prefect import flow
 from prefect.runtime import flow_run as current_run
 
 from kaito_flows.errors import PlanError
-from kaito_flows.nodes import NodeRequest, open_nodes
+from kaito_flows.flows.giving_up import give_up
+from kaito_flows.nodes import open_nodes
+from kaito_flows.nodes.cost import NodeCost
+from kaito_flows.nodes.offers import budget
 from kaito_flows.planning.serving import plan_serving
 from kaito_flows.platforms import open_platform
 from kaito_flows.settings import Settings
 from kaito_flows.tasks import artifacts
-from kaito_flows.tasks.provision_nodes import provision_nodes
+from kaito_flows.tasks.provision_nodes import Tenancy, check_nodes, node_request
 from kaito_flows.tasks.roll_out import roll_out_inference
-from kaito_flows.tasks.status import keeping_status, refuse_endless_runs
+from kaito_flows.tasks.status import keeping_status, refuse_endless_runs, tell_cost, tell_leased
 from kaito_flows.tasks.weights import pin_weights, weights_of
 from kaito_flows.workspace import Workspace, parse_workspace
 from kaito_flows.workspace.inference_config import INFERENCE_CONFIG_KEY
 from kaito_flows.workspace.status import INFERENCE_READY, RESOURCE_READY
 
 
-@flow(name="serve-workspace", flow_run_name="serve-{workspace.metadata.name}")
+@flow(name="serve-workspace", flow_run_name="serve-{workspace.metadata.name}", on_cancellation=[give_up])
 def serve_workspace(workspace: Workspace) -> dict[str, Any]:
     """Roll out what an inference Workspace names: a preset with its adapters, or its own pod template.
 
@@ -62,12 +66,18 @@ def serve_workspace(workspace: Workspace) -> dict[str, Any]:
         if plan is not None:
             plan = pin_weights(plan, file.workspace, platform)
             artifacts.show_table("plan", plan.table_rows(), f"Plan of {workspace.name}")
-        request = NodeRequest.of(workspace, plan.gpus if plan else 0)
-        lease = provision_nodes(request, nodes)
-        status.facts["nodes"] = list(lease.nodes)
-        status.set(RESOURCE_READY, "True", "workspaceResourceStatusSuccess", ", ".join(lease.nodes))
-        platform.write_status(status)
-        service = roll_out_inference(file, plan, lease, request, platform)
+        # One pod serves, however many nodes are asked for.
+        request = replace(node_request(workspace, plan, platform, settings), count=1)
+        if request.offers:
+            check_nodes(request, nodes)
+        limit, spent = budget(workspace.metadata.annotations, settings), NodeCost.from_dict(status.facts.get("cost"))
+        with Tenancy(
+            request, nodes, spent=spent, on_cost=lambda cost: tell_cost(status, cost), budget_usd=limit
+        ) as tenancy:
+            service = roll_out_inference(
+                file, plan, tenancy, platform, lambda lease: tell_leased(status, platform, lease)
+            )
+        status.set(RESOURCE_READY, "True", "workspaceResourceStatusSuccess", ", ".join(service.nodes))
         status.facts["service"] = {"url": service.url}
         status.set(INFERENCE_READY, "True", "WorkspaceInferenceStatusSuccess", service.url)
     return {"workspace": workspace.name, "service": {"url": service.url, "models": list(service.models)}}

@@ -6,12 +6,13 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from prefect import flow
-from prefect.client.schemas.objects import FlowRun, State
-from prefect.flows import Flow
 from prefect.runtime import flow_run as current_run
 from pydantic import Field
 
-from kaito_flows.nodes import NodeLease, NodeRequest, open_nodes
+from kaito_flows.flows.giving_up import give_up
+from kaito_flows.nodes import NodeLease, open_nodes
+from kaito_flows.nodes.cost import NodeCost
+from kaito_flows.nodes.offers import budget
 from kaito_flows.planning.plan import DatasetFacts
 from kaito_flows.platforms import open_platform
 from kaito_flows.report import report_markdown
@@ -22,10 +23,10 @@ from kaito_flows.tasks.plan_workspace import plan as plan_task
 from kaito_flows.tasks.plan_workspace import refine_plan
 from kaito_flows.tasks.prepare_dataset import prepare
 from kaito_flows.tasks.progress import listening
-from kaito_flows.tasks.provision_nodes import provision_nodes, release_nodes
+from kaito_flows.tasks.provision_nodes import Tenancy, check_nodes, node_request
 from kaito_flows.tasks.publish import publish
 from kaito_flows.tasks.roll_out import roll_out
-from kaito_flows.tasks.status import keeping_status, refuse_endless_runs, tell_stopped
+from kaito_flows.tasks.status import keeping_status, refuse_endless_runs, tell_cost, tell_leased
 from kaito_flows.tasks.tune import tune
 from kaito_flows.tasks.weights import fetch_weights, pin_weights, weights_of
 from kaito_flows.workspace import Workspace, parse_workspace
@@ -46,15 +47,7 @@ Serve = Annotated[
 Port = Annotated[int | None, Field(title="Port", ge=1, le=65535, description="The service's port on this machine.")]
 
 
-def stop_jobs(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """On cancellation: stop the jobs of this run, by the Workspace's name alone."""
-    metadata = flow_run.parameters["workspace"]["metadata"]
-    platform = open_platform(Settings(), metadata.get("namespace", ""), str(flow_run.id))
-    platform.stop_jobs(metadata["name"])
-    tell_stopped(metadata["name"], str(flow_run.id), platform)
-
-
-@flow(name="tune-workspace", flow_run_name="tune-{workspace.metadata.name}", on_cancellation=[stop_jobs])
+@flow(name="tune-workspace", flow_run_name="tune-{workspace.metadata.name}", on_cancellation=[give_up])
 def tune_workspace(
     workspace: Workspace,
     training_config: TrainingConfigText = None,
@@ -99,52 +92,70 @@ def tune_workspace(
         if training_config is None and config:
             training_config = platform.config_text(config, CONFIG_KEY)
         file = parse_workspace(document, platform.kind, training_config=training_config)
-        plan = plan_task(file, platform.kind)
+        plan = plan_task(file, platform.kind, settings.rents)
         check_access(file, plan, platform, port)
         plan = pin_weights(plan, workspace, platform)
-        request = NodeRequest.of(workspace, plan.gpus)
-        lease_to_come = provision_nodes.submit(request, nodes)
-        try:
-            # On a CPU, while nodes boot.
+        request = node_request(workspace, plan, platform, settings)
+        if request.offers:
+            check_nodes(request, nodes)
+        serves = workspace.serve if serve is None else serve
+
+        def on_lease(lease: NodeLease) -> None:
+            status.set(JOB_STARTED, "True", "WorkspaceTuningJobStatusStarted")
+            tell_leased(status, platform, lease)
+
+        def warm_up(lease: NodeLease) -> None:
+            platform.warm_up(workspace.name, lease.nodes, weights_of(plan, workspace))
+
+        spent = NodeCost.from_dict(status.facts.get("cost"))
+        with Tenancy(
+            request,
+            nodes,
+            spent=spent,
+            on_cost=lambda cost: tell_cost(status, cost),
+            warm_up=warm_up,
+            budget_usd=budget(workspace.metadata.annotations, settings),
+            stop_job=lambda: platform.stop_jobs(workspace.name),
+        ) as tenancy:
+            # While nodes boot, the data is prepared; unless it may be what was tuned already, which takes no node.
+            if not settings.rents or "adapter" not in status.facts:
+                tenancy.begin()
             weights = fetch_weights(weights_of(plan, workspace), platform)
             dataset = prepare(file, plan, weights, platform)
             plan = refine_plan(plan, DatasetFacts.of(dataset.image.digest, dataset.facts))
-            lease = lease_to_come.result()
-            status.facts["nodes"] = list(lease.nodes)
-            status.set(RESOURCE_READY, "True", "workspaceResourceStatusSuccess", ", ".join(lease.nodes))
-            status.set(JOB_STARTED, "True", "WorkspaceTuningJobStatusStarted")
             status.facts["identity"] = plan.identity
-            platform.check_known(workspace.name)
-            platform.write_status(status)
-            adapter = tune(plan, dataset, lease, request, workspace, platform, nodes)
-        finally:
-            # A lease that failed is told where it is asked for; there is nothing to give back.
-            leased = lease_to_come.result(raise_on_failure=False)
-            if isinstance(leased, NodeLease):
-                release_nodes(leased, nodes)
-        reference = publish(adapter, workspace, platform)
-        output = workspace.tuning.output.image if workspace.tuning else ""
-        facts: dict[str, Any] = {
-            "workspace": workspace.name,
-            "namespace": workspace.namespace if platform.kind == "kubernetes" else "",
-            "flow_run_id": str(current_run.id),
-            "identity": plan.identity,
-            "adapter": {"reference": reference, "image": output, "digest": adapter.image.digest},
-            "dataset": {"digest": dataset.image.digest, "reused": dataset.reused},
-            "metrics": adapter.metrics,
-            "history": list(adapter.history),
-            "reused": adapter.reused,
-            "cost_usd": plan.cost_usd,
-        }
-        status.facts["adapter"] = facts["adapter"]
-        if workspace.serve if serve is None else serve:
-            if not nodes.alive(lease):
-                lease = provision_nodes(request, nodes)
-            service, answers = roll_out(plan, adapter.image, dataset.image, lease, request, workspace, platform, port)
-            facts["service"] = {"url": service.url, "models": list(service.models), "adopted": service.adopted}
-            facts["answers"] = asdict(answers)
-            status.facts["service"] = facts["service"]
-            status.set(INFERENCE_READY, "True", "WorkspaceInferenceStatusSuccess", service.url)
+            adapter = tune(plan, dataset, tenancy, workspace, platform, on_lease)
+            if adapter.reused:
+                status.set(RESOURCE_READY, "True", "workspaceResourceStatusSuccess", "nothing was to be trained")
+                status.set(JOB_STARTED, "True", "WorkspaceTuningJobStatusStarted")
+            if not serves:
+                tenancy.give_back(keep=True)
+            reference = publish(adapter, workspace, platform)
+            output = workspace.tuning.output.image if workspace.tuning else ""
+            facts: dict[str, Any] = {
+                "workspace": workspace.name,
+                "namespace": platform.namespace,
+                "flow_run_id": str(current_run.id),
+                "identity": plan.identity,
+                "adapter": {"reference": reference, "image": output, "digest": adapter.image.digest},
+                "dataset": {"digest": dataset.image.digest, "reused": dataset.reused},
+                "metrics": adapter.metrics,
+                "history": list(adapter.history),
+                "samples": list(adapter.samples),
+                "reused": adapter.reused,
+                "cost_usd": plan.cost_usd,
+            }
+            status.facts["adapter"] = facts["adapter"]
+            if serves:
+                with tenancy.for_service() as home:
+                    service, answers = roll_out(plan, adapter.image, dataset.image, home, workspace, platform, port)
+                facts["service"] = {"url": service.url, "models": list(service.models), "adopted": service.adopted}
+                facts["answers"] = asdict(answers)
+                status.facts["service"] = facts["service"]
+                status.set(INFERENCE_READY, "True", "WorkspaceInferenceStatusSuccess", service.url)
+        facts["cost"] = tell_cost(
+            status, NodeCost.from_dict(status.facts.get("cost")).trained(adapter.training_seconds)
+        )
         facts["seconds"] = seconds
         artifacts.show_markdown("tuning-report", report_markdown(facts), f"Report of {workspace.name}")
     return facts

@@ -15,6 +15,7 @@ import asyncio
 import logging
 import random
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,14 +33,18 @@ from kaito_flows.errors import Fault, InputError, KaitoFlowsError
 from kaito_flows.flows.automations import HEARTBEAT
 from kaito_flows.flows.delete_workspace import delete_workspace, platform_in
 from kaito_flows.flows.watching import status
+from kaito_flows.flows.watching.endings import Endings
 from kaito_flows.flows.watching.memory import LastHandled, Progress
+from kaito_flows.flows.watching.metrics import WorkspaceMetrics
 from kaito_flows.flows.watching.runs import PAUSED, Deployments, Runs
 from kaito_flows.flows.watching.slim_kopf import kopf
 from kaito_flows.flows.watching.wish import PREFIX, Wish, faults_of, message_of, shortened
+from kaito_flows.settings import Settings
 
 FINALIZER = PREFIX + "finalizer"
 
 _LONGEST_DELAY = 60.0
+_TRIES = 3
 # A run in a pod stops its job itself. Its successor waits so long for that, and deletion (30 s in all) so long.
 _SECONDS_TO_STOP = 10.0
 _SECONDS_TO_STOP_BEFORE_DELETION = 6.0
@@ -60,13 +65,16 @@ class Watcher:
     def __init__(self, runs: Runs, handled: LastHandled) -> None:
         self.runs = runs
         self.handled = handled
+        self.endings = Endings(runs)
 
     async def start(self, **_: Any) -> None:
-        """Make the client for Prefect."""
+        """Make the client for Prefect, and listen to its events."""
         await self.runs.open()
+        self.endings.start()
 
     async def stop(self, **_: Any) -> None:
         """Close its connections."""
+        await self.endings.stop()
         await self.runs.close()
 
     async def reconcile(self, body: kopf.Body, patch: kopf.Patch, retry: int, **_: Any) -> None:
@@ -105,6 +113,18 @@ class Watcher:
         self.handled.forget(wish.uid)
         _log(wish, f"deleted: {removed}")
 
+    async def follow(self, body: kopf.Body, patch: kopf.Patch, stopped: kopf.DaemonStopped, **_: Any) -> None:
+        """Tell what becomes of a run that cannot say it; Kopf stops it when the status says how the run ended."""
+        while not stopped:
+            news = self.endings.of(status.awaited_run(body))
+            if news is not None and _tell(body, patch, status.became(news)):
+                kind = "Normal" if news.state == "Stopped" else "Warning"
+                kopf.event(body, type=kind, reason=news.reason if news.ended else "RunWaits", message=news.message)
+                _log(Wish.of(body), news.message, logging.WARNING, run=news.flow_run_id)
+                # Kopf sends the patch when the handler is left, and calls it again.
+                raise kopf.TemporaryError("told", delay=2)
+            await stopped.wait(1)
+
     async def _refuse(self, wish: Wish, faults: tuple[Fault, ...], body: kopf.Body, patch: kopf.Patch) -> None:
         message = message_of(faults)
         if _tell(body, patch, status.told("InvalidWorkspace", message, wish.generation, state="Failed")):
@@ -135,6 +155,7 @@ class Watcher:
         if run.queued and _tell(body, patch, status.queued(run.id, wish.generation)):
             kopf.event(body, type="Normal", reason="RunCreated", message=f"flow run {run.id}")
             _log(wish, f"run {run.id} for generation {wish.generation}", run=run.id, cancelled=stopped)
+        await self.endings.learn(run.id, run.state)
 
     async def _end_jobs(self, wish: Wish, stopped: list[str]) -> None:
         """See that no job works on for runs that were stopped: one whose pod is gone cannot stop its own."""
@@ -143,15 +164,17 @@ class Watcher:
             await asyncio.to_thread(lambda: platform_in(wish.namespace).stop_jobs(wish.name))
 
 
-def registry_of(watcher: Watcher) -> kopf.OperatorRegistry:
+def registry_of(watcher: Watcher, metrics: WorkspaceMetrics) -> kopf.OperatorRegistry:
     """Kopf's registry with the watcher's handlers."""
     registry = kopf.OperatorRegistry()
     resource = ("kaito.sh", "v1beta1", "workspaces")
+    metrics.watch(registry, *resource)
     kopf.on.login(registry=registry)(_login)
     kopf.on.startup(registry=registry, id="start")(watcher.start)
     kopf.on.cleanup(registry=registry, id="stop")(watcher.stop)
     kopf.on.create(*resource, registry=registry, id="reconcile")(watcher.reconcile)
     kopf.on.update(*resource, registry=registry, id="reconcile")(watcher.reconcile)
+    kopf.daemon(*resource, registry=registry, id="follow", when=_awaits, cancellation_timeout=1.0)(watcher.follow)
     kopf.on.delete(*resource, registry=registry, id="delete")(watcher.delete)
     return registry
 
@@ -165,6 +188,8 @@ def settings_of(handled: LastHandled, *, dynamic: bool) -> kopf.OperatorSettings
     settings.posting.reporting_component = "kaito-flows"
     settings.posting.event_name_prefix = "kaito-flows-"
     settings.peering.standalone = True
+    # Who follows a run stops at once when told, but many take longer than Kopf's ten rounds of the loop.
+    settings.background.instant_exit_timeout = 1.0
     # To look for new CRDs and namespaces takes rights in the whole cluster.
     settings.scanning.disabled = not dynamic
     return settings
@@ -185,6 +210,7 @@ def watch(
 
     Raises:
         InputError: PREFECT_API_URL is not set.
+        PortTakenError: another process listens at KAITO_FLOWS_METRICS_PORT.
     """
     if get_current_settings().api.url is None:
         hint = "export PREFECT_API_URL=http://prefect-server:4200/api"
@@ -197,17 +223,22 @@ def watch(
     # Said already, with what is behind it; what nobody foresaw keeps its traceback.
     logging.getLogger("kopf.objects").addFilter(lambda record: "failed temporarily" not in record.getMessage())
     handled = LastHandled()
-    watcher = Watcher(Runs(deployments or Deployments()), handled)
+    watcher, metrics = Watcher(Runs(deployments or Deployments()), handled), WorkspaceMetrics()
     _log_line(f"watching Workspaces in {', '.join(namespaces) or 'all namespaces'}")
-    with temporary_settings(_PREFECT):
+    with metrics.served(Settings().metrics_port), temporary_settings(_PREFECT):
         kopf.run(
-            registry=registry_of(watcher),
+            registry=registry_of(watcher, metrics),
             settings=settings_of(handled, dynamic=not namespaces),
             namespaces=list(namespaces),
             clusterwide=not namespaces,
             standalone=True,
             liveness_endpoint=liveness,
         )
+
+
+def _awaits(body: kopf.Body, **_: Any) -> bool:
+    """Whether the Workspace has a run of which nobody knows yet how it ends."""
+    return bool(status.awaited_run(body))
 
 
 def _login(**kwargs: Any) -> kopf.ConnectionInfo | None:
@@ -221,12 +252,21 @@ def _login(**kwargs: Any) -> kopf.ConnectionInfo | None:
 
 def _as_flow_run(namespace: str, name: str, uid: str) -> object:
     """Run `delete-workspace` as a flow run; without Prefect, should it go away meanwhile."""
-    try:
-        # Not with the tag by which crashed runs are resumed: the watcher itself does it again.
-        with tags(f"workspace:{namespace}/{name}"):
-            return delete_workspace(namespace, name, uid)
-    except (httpx.HTTPError, PrefectException, RuntimeError):
-        return delete_workspace.fn(namespace, name, uid)
+    for attempt in range(_TRIES):
+        try:
+            # Not with the tag by which crashed runs are resumed: the watcher itself does it again.
+            with tags(f"workspace:{namespace}/{name}"):
+                return delete_workspace(namespace, name, uid)
+        except (httpx.HTTPError, PrefectException, RuntimeError) as exc:
+            # Prefect on SQLite is too busy now and then, for a moment.
+            if not _is_busy(exc) or attempt + 1 == _TRIES:
+                break
+            time.sleep(1 + attempt)
+    return delete_workspace.fn(namespace, name, uid)
+
+
+def _is_busy(exc: Exception) -> bool:
+    return isinstance(exc, httpx.HTTPStatusError) and exc.response.status_code in (429, 503)
 
 
 def _delay(retry: int, *, longest: float = _LONGEST_DELAY) -> float:

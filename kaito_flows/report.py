@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from kaito_flows.workspace.status import cost_words
+
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 260, 48, 34, 14, 14
+LONGEST_SAMPLE = 600
 TRAIN_COLOUR, HELD_OUT_COLOUR = "#2563eb", "#ea580c"
 
 
@@ -70,6 +73,8 @@ def report_markdown(facts: Mapping[str, Any]) -> str:
         lines.append(f"| held-out loss | {before['loss']:.3f} → **{after['loss']:.3f}** ({change:+.3f}) |")
         lines.append(f"| held-out perplexity | {before['perplexity']:.2f} → **{after['perplexity']:.2f}** |")
     lines += [f"| {_words(key)} | {_number(value)} |" for key, value in facts["metrics"]["training"].items()]
+    if (cost := facts.get("cost")) and cost["usd"] != 0:
+        lines.append(f"| nodes | {cost_words(cost)} |")
     lines += [f"| run identity | `{facts['identity']}` |", ""]
     if svg := loss_curve(training, held_out):
         encoded = base64.b64encode(svg.encode()).decode()
@@ -79,6 +84,11 @@ def report_markdown(facts: Mapping[str, Any]) -> str:
         lines += ["## The same prompt, before and after", "", f"**{asked}**", ""]
         lines += [f"- {who}: {_cell(answers[key])}" for who, key in _ANSWERS]
         lines.append("")
+    if samples := facts.get("samples"):
+        lines += ["## Sample answers, before and after training", ""]
+        for sample in samples:
+            asked = " / ".join(_cell(m["content"]) for m in sample["messages"] if m["role"] == "user")
+            lines += [f"**{_cut(asked)}**", "", *(f"- {who}: {_cut(_cell(sample[key]))}" for who, key in _ANSWERS), ""]
     if service := facts.get("service"):
         lines += ["## Service", "", f"`{service['url']}` serves {', '.join(f'`{m}`' for m in service['models'])}.", ""]
     lines += ["## Time", "", "| stage | seconds |", "|---|---:|"]
@@ -87,6 +97,10 @@ def report_markdown(facts: Mapping[str, Any]) -> str:
 
 
 _ANSWERS = (("base model", "base"), ("tuned model", "tuned"), ("the data", "expected"))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_SAMPLE else f"{text[:LONGEST_SAMPLE]} …"
 
 
 def _number(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,10 +16,15 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.exceptions import PrefectException
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from kaito_flows.tasks.progress import log
 
 INTERVAL_SECONDS = 10.0
+
+# Prefect's client tries for a minute: once of a server that is away, then for a while each artifact is tried once.
+_AWAY_SECONDS = 300.0
+_away_at: dict[str | None, float] = {}
 
 
 def show_table(key: str, rows: Sequence[dict[str, Any]], description: str) -> None:
@@ -56,7 +62,13 @@ class ProgressArtifact:
 
 
 def _best_effort(show: Callable[[], object]) -> None:
+    server = PREFECT_API_URL.value()
+    away = time.monotonic() - _away_at.get(server, -math.inf) < _AWAY_SECONDS
     try:
-        show()
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0} if away else {}):
+            show()
+        _away_at.pop(server, None)
     except (httpx.HTTPError, PrefectException, OSError) as exc:
+        if isinstance(exc, httpx.TransportError):
+            _away_at[server] = time.monotonic()
         log(f"not shown in the UI: {exc}", warning=True)

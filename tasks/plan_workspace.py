@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from kaito_flows.planning.plan import DatasetFacts, Plan, plan_workspace
+from kaito_flows.planning.plan import DatasetFacts, Plan, plan_rented, plan_workspace
 from kaito_flows.tasks.artifacts import show_table
 from kaito_flows.tasks.progress import log, stage, tell
 from kaito_flows.workspace import WorkspaceFile
@@ -13,10 +13,10 @@ from kaito_flows.workspace.validation import Platform
 
 
 @task(name="plan", task_run_name="plan-{file.workspace.name}", cache_policy=NO_CACHE)
-def plan(file: WorkspaceFile, platform: Platform) -> Plan:
-    """Plan the run; raise `PlanError` when it cannot be done."""
+def plan(file: WorkspaceFile, platform: Platform, rents: bool) -> Plan:
+    """Plan the run; raise `PlanError` when it cannot be done. Where nodes are rented, no size means the cheapest."""
     with stage("plan"):
-        made = plan_workspace(file, platform, gpus=file.workspace.gpus)
+        made = plan_rented(file) if rents else plan_workspace(file, platform, gpus=file.workspace.gpus)
         for note in made.notes:
             log(note)
         _show(made)

@@ -76,18 +76,34 @@ def relay(name: str) -> Callable[[Event], None]:
     return on_event
 
 
+def _gpu(event: Event) -> str:
+    memory, utilization = event.get("gpu_memory_bytes"), event.get("gpu_utilization")
+    return "".join(
+        [f", GPU {memory / 1e9:.1f} GB" if memory else "", f" at {utilization} %" if utilization is not None else ""]
+    )
+
+
 def sentence(event: Event) -> str:
     """An event of a job as one line for people."""
     match event["event"]:
         case "progress":
             return (
                 f"step {event['step']}/{event['total']}: loss {event['loss']:.3f}, "
-                f"{event['tokens_per_second']:.0f} tokens/s, {event['eta_seconds']:.0f} s to go"
+                f"{event['tokens_per_second']:.0f} tokens/s, {event['eta_seconds']:.0f} s to go{_gpu(event)}"
             )
         case "evaluation":
             return f"held-out loss {event['loss']:.3f} (perplexity {event['perplexity']:.2f}) at step {event['step']}"
+        case "first-step":
+            return f"the first step was made {event['seconds']:.1f} s after the start of the program"
         case "checkpoint":
             return f"checkpoint at step {event['step']}"
+        case "out-of-memory":
+            return f"out of memory in {event['of']} at step {event['step']}: it goes on with {event['at_once']} at once"
+        case "stopped-early":
+            return (
+                f"stopped after step {event['step']} of {event['total']}: "
+                f"{event['evaluations']} evaluations in a row were no better"
+            )
         case "resumed":
             return f"resumed from the checkpoint at step {event['step']}"
         case "stage":

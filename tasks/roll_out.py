@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -13,13 +13,14 @@ from prefect.cache_policies import NO_CACHE
 
 from kaito_flows.canonical import canonical_digest
 from kaito_flows.chat import Message, ask
-from kaito_flows.nodes import NodeLease, NodeRequest
+from kaito_flows.nodes import NodeLease
 from kaito_flows.oci.images import Image, read_file
 from kaito_flows.planning.plan import Plan
 from kaito_flows.planning.serving import ServingPlan
 from kaito_flows.platforms import JobSpec, Placement, Platform, Service, ServiceSpec
 from kaito_flows.reference import Reference
 from kaito_flows.tasks.progress import log, relay, stage
+from kaito_flows.tasks.provision_nodes import Tenancy
 from kaito_flows.tasks.retries import RETRY_DELAYS, is_retryable
 from kaito_flows.tasks.storage import push_secrets
 from kaito_flows.tasks.weights import weights_of
@@ -52,13 +53,12 @@ def roll_out(
     plan: Plan,
     adapter: Image,
     dataset: Image,
-    lease: NodeLease,
-    request: NodeRequest,
+    tenancy: Tenancy,
     workspace: Workspace,
     platform: Platform,
     port: int | None,
 ) -> tuple[Service, Answers]:
-    """Bring the tuned model up, and ask the same prompt of the base model and of the tuned one."""
+    """Bring the tuned model up, ask the same prompt of the base model and of the tuned one, and leave it its nodes."""
     with stage("roll out"):
         platform.check_known(plan.workspace)
         answers: list[Answers] = []
@@ -81,11 +81,11 @@ def roll_out(
                 "adapters": [{"name": plan.workspace, "image": adapter.reference}],
             },
             weights=weights_of(plan, workspace),
-            placement=Placement(lease.nodes, min(request.gpus, 1)),
+            placement=Placement(gpus=min(tenancy.request.gpus, 1)),
             secrets=push_secrets(workspace),
         )
         wanted = ServiceSpec(spec, revision, port, public=_is_public(workspace))
-        service = platform.ensure_service(wanted, probe, relay("roll out"))
+        service = _bring_up(wanted, tenancy, platform, probe)
         log(f"serving at {service.url}{' (was up)' if service.adopted else ''}")
         return service, answers[-1]
 
@@ -99,7 +99,11 @@ def roll_out(
     retry_condition_fn=is_retryable,
 )
 def roll_out_inference(
-    file: WorkspaceFile, plan: ServingPlan | None, lease: NodeLease, request: NodeRequest, platform: Platform
+    file: WorkspaceFile,
+    plan: ServingPlan | None,
+    tenancy: Tenancy,
+    platform: Platform,
+    on_lease: Callable[[NodeLease], None],
 ) -> Service:
     """Bring up what an inference Workspace names: a preset with its adapters, or its own pod template."""
     workspace = file.workspace
@@ -109,11 +113,9 @@ def roll_out_inference(
         platform.check_known(workspace.name)
         if plan is None:
             revision = canonical_digest(inference.template)[:12]
-            spec = JobSpec(
-                f"{workspace.name}-{revision}", workspace.name, "server", {}, placement=Placement(lease.nodes)
-            )
+            spec = JobSpec(f"{workspace.name}-{revision}", workspace.name, "server", {})
             own = ServiceSpec(spec, revision, public=_is_public(workspace), template=inference.template)
-            return platform.ensure_service(own, lambda service, http: None, relay("roll out"))
+            return _bring_up(own, tenancy, platform, lambda service, http: None, on_lease)
         adapters, volumes, secrets = _adapters(workspace, platform)
         arguments = {
             "version": 1,
@@ -134,7 +136,7 @@ def roll_out_inference(
             arguments=arguments,
             files=files,
             weights=weights,
-            placement=Placement(lease.nodes, request.gpus),
+            placement=Placement(gpus=tenancy.request.gpus),
             secrets=secrets,
             volumes=volumes,
         )
@@ -144,9 +146,27 @@ def roll_out_inference(
                 ask(http, model, [SMOKE_PROMPT], max_tokens=8)
 
         wanted = ServiceSpec(job, revision, public=_is_public(workspace))
-        service = platform.ensure_service(wanted, probe, relay("roll out"))
+        service = _bring_up(wanted, tenancy, platform, probe, on_lease)
         log(f"serving at {service.url}{' (was up)' if service.adopted else ''}")
         return service
+
+
+def _bring_up(
+    wanted: ServiceSpec,
+    tenancy: Tenancy,
+    platform: Platform,
+    probe: Callable[[Service, httpx.Client], None],
+    on_lease: Callable[[NodeLease], None] = lambda lease: None,
+) -> Service:
+    """Bring it up on the run's nodes and leave them to it; or leave it where it is up already."""
+    if not platform.serves(wanted):
+        lease = tenancy.lease()
+        on_lease(lease)
+        placement = replace(wanted.job.placement, nodes=lease.nodes)
+        wanted = replace(wanted, job=replace(wanted.job, placement=placement))
+    service = platform.ensure_service(wanted, probe, relay("roll out"))
+    tenancy.hand_over(service)
+    return service
 
 
 def _adapters(

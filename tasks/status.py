@@ -10,6 +10,8 @@ from typing import Any
 from prefect.runtime import flow_run as current_run
 
 from kaito_flows.errors import InputError, KaitoFlowsError, RunError
+from kaito_flows.nodes import NodeLease
+from kaito_flows.nodes.cost import NodeCost
 from kaito_flows.platforms import Event, Platform
 from kaito_flows.tasks import artifacts
 from kaito_flows.tasks.progress import listening, log
@@ -94,6 +96,22 @@ def refuse_endless_runs() -> None:
         raise RunError(message, place="run", hint="its logs in Prefect say more", code="too-many-crashes")
 
 
+def tell_leased(status: WorkspaceStatus, platform: Platform, lease: NodeLease) -> None:
+    """Tell which nodes the run has."""
+    platform.check_known(status.name)
+    status.facts["nodes"] = list(lease.nodes)
+    status.set(RESOURCE_READY, "True", "workspaceResourceStatusSuccess", ", ".join(lease.nodes))
+    platform.write_status(status)
+
+
+def tell_cost(status: WorkspaceStatus, cost: NodeCost) -> dict[str, Any]:
+    """Tell what the nodes of the run have cost, and return it JSON-ready."""
+    facts = status.facts["cost"] = cost.as_dict()
+    if cost.usd != 0.0:
+        artifacts.show_table("node-cost", cost.rows(), f"What the nodes of {status.name} cost")
+    return facts
+
+
 def tell_stopped(workspace: str, flow_run_id: str, platform: Platform) -> None:
     """Tell that the run was cancelled, unless something else was told of the Workspace since."""
     status = platform.read_status(workspace)
@@ -110,6 +128,9 @@ def _forget_last_run(status: WorkspaceStatus, platform: Platform) -> None:
     """What was true of the run before is not of this one; a service that is up still answers."""
     status.facts = {key: value for key, value in status.facts.items() if key not in _OF_A_RUN}
     status.facts["flow_run_id"] = str(current_run.id)
+    if "cost" in status.facts:
+        # To older API servers, an object whose fields are all taken back is null.
+        status.facts["cost"] = NodeCost().as_dict()
     status.conditions.pop(JOB_STARTED, None)
     if RESOURCE_READY in status.conditions:
         status.set(RESOURCE_READY, "False", "workspaceResourceStatusNotReady", "a new run looks for nodes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from kaito_flows.dataset import PreparedDataset
-from kaito_flows.errors import ImageError
-from kaito_flows.nodes import NodeLease, NodeProvider, NodeRequest
+from kaito_flows.errors import ImageError, KaitoFlowsError
+from kaito_flows.nodes import NodeLease
 from kaito_flows.oci.images import Image, find_image, read_file
 from kaito_flows.oci.repository import Repository
 from kaito_flows.planning.plan import Plan
@@ -19,6 +20,7 @@ from kaito_flows.platforms import Event, JobSpec, Placement, Platform
 from kaito_flows.settings import Settings
 from kaito_flows.tasks.artifacts import ProgressArtifact
 from kaito_flows.tasks.progress import log, relay, stage, tell
+from kaito_flows.tasks.provision_nodes import Tenancy
 from kaito_flows.tasks.retries import RETRY_DELAYS, is_retryable
 from kaito_flows.tasks.storage import push_secrets, repository_of
 from kaito_flows.tasks.weights import weights_of
@@ -27,12 +29,18 @@ from kaito_flows.workspace import Workspace
 
 @dataclass(frozen=True, slots=True)
 class TunedAdapter:
-    """An adapter that was proven: its image, what was measured, its loss history, and whether this run trained it."""
+    """An adapter that was proven: its image, what was measured, its loss history, and whether this run trained it.
+
+    `training_seconds` were spent in steps, by this run or by those whose checkpoints it went on from. `samples` are
+    answers of the base model and of the adapter to the same prompts, if this run heard them.
+    """
 
     image: Image
     metrics: dict[str, Any]
     history: tuple[Event, ...]
     reused: bool
+    training_seconds: float = 0.0
+    samples: tuple[dict[str, Any], ...] = ()
 
 
 @task(
@@ -46,15 +54,15 @@ class TunedAdapter:
 def tune(
     plan: Plan,
     dataset: PreparedDataset,
-    lease: NodeLease,
-    request: NodeRequest,
+    tenancy: Tenancy,
     workspace: Workspace,
     platform: Platform,
-    nodes: NodeProvider,
+    on_lease: Callable[[NodeLease], None],
 ) -> TunedAdapter:
     """Train, or find the adapter that a run with the same identity has published.
 
-    A lease whose nodes are gone, as it may be when this is tried again, is taken anew.
+    Nodes that are taken away are replaced by others, on which the job goes on; `on_lease` hears of the first and of
+    those.
     """
     with stage("tune", doing=plan.method):
         platform.check_known(plan.workspace)
@@ -64,24 +72,38 @@ def tune(
             log(f"already tuned with the same inputs: {found.digest}")
             tell("tune", "reused", digest=found.digest)
             return TunedAdapter(found, *_measured(found), reused=True)
-        if not nodes.alive(lease):
-            lease = nodes.lease(request)
-            tell("tune", "leased", nodes=list(lease.nodes))
-        log(f"training on {', '.join(lease.nodes)}")
-        placement = Placement(lease.nodes, request.gpus, request.count)
-        spec = job_of(plan, dataset, placement, workspace, platform, repository, tag)
+        tenancy.check_estimate(plan.cost_usd or 0.0)
         progress = ProgressArtifact("tuning-progress", f"Training of {plan.workspace}")
         pass_on = relay("tune")
 
+        samples: list[dict[str, Any]] = []
+
         def on_event(event: Event) -> None:
+            if event["event"] == "samples":
+                samples[:] = event["samples"]
+                return
             pass_on(event)
             if event["event"] == "progress" and "total" in event:
                 progress.update(event["step"], event["total"])
 
-        platform.run_job(spec, on_event)
+        while True:
+            lease = tenancy.lease()
+            on_lease(lease)
+            log(f"training on {', '.join(lease.nodes)}")
+            placement = Placement(lease.nodes, lease.gpus, tenancy.request.count)
+            spec = job_of(plan, dataset, placement, workspace, platform, repository, tag)
+            try:
+                completed = platform.run_job(spec, on_event)
+                break
+            except KaitoFlowsError as exc:
+                tenancy.check_budget()
+                if not exc.retryable or not tenancy.is_lost():
+                    raise
+                log(f"{exc}: it goes on elsewhere", warning=True)
         image = find_image(repository_of(workspace, platform), tag)
         platform.forget_job(spec)
-        return TunedAdapter(image, *_measured(image), reused=False)
+        seconds = float(completed.get("timings", {}).get("steps_seconds", 0.0))
+        return TunedAdapter(image, *_measured(image), reused=False, training_seconds=seconds, samples=tuple(samples))
 
 
 def job_of(

@@ -63,7 +63,7 @@ def images(cluster: Cluster) -> dict[str, str]:
         for name in image.get("names") or []
     }
     found = {}
-    for program in ("tuner", "server"):
+    for program in ("tuner", "server", "worker"):
         image = f"kaito-flows/{program}:{IMAGE_TAG}"
         if not any(name.endswith(image) for name in have):
             missing(f"the image {image} on the cluster's nodes")
@@ -136,6 +136,7 @@ def make_place(
         "NAMESPACE": kubectl.namespace,
         "TUNER_IMAGE": images["tuner"],
         "SERVER_IMAGE": images["server"],
+        "WORKER_IMAGE": images["worker"],
         "INSECURE_REGISTRIES": pod_registry.host,
         "JOB_CPU": "50m",
         "JOB_MEMORY": "256Mi",

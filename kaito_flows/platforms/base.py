@@ -84,19 +84,25 @@ class ServiceSpec:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A service that is up: where it answers, and which models it knows (the base first)."""
+    """A service that is up: where it answers, which models it knows (the base first), and the nodes it is bound to."""
 
     workspace: str
     url: str
     models: tuple[str, ...]
     revision: str
     adopted: bool
+    nodes: tuple[str, ...] = ()
 
 
 class Platform(Protocol):
     """Runs jobs and services; flows and tasks do not know which platform they have."""
 
     kind: Literal["local", "kubernetes"]
+
+    @property
+    def namespace(self) -> str:
+        """Where it makes things; "" where there are no namespaces."""
+        ...
 
     def begin(self, workspace: Workspace) -> None:
         """Make the Workspace known, if it is not; what is made for it from now on belongs to it.
@@ -145,6 +151,13 @@ class Platform(Protocol):
 
     def free_bytes(self) -> int:
         """Bytes that are free where this platform keeps its files."""
+        ...
+
+    def warm_up(self, workspace: str, nodes: Sequence[str], weights: Weights) -> None:
+        """Let new nodes get the image of a job, and its weights where nodes keep them, before the job is there.
+
+        It is not waited for, and nothing depends on it.
+        """
         ...
 
     def run_job(self, spec: JobSpec, on_event: Callable[[Event], None]) -> Event:
@@ -198,6 +211,10 @@ class Platform(Protocol):
             ServiceError: it did not come up.
             PortTakenError: somebody else listens on the port.
         """
+        ...
+
+    def serves(self, spec: ServiceSpec) -> bool:
+        """Whether that very revision is up, wherever: it needs no other node."""
         ...
 
     def service(self, workspace: str) -> Service | None:

@@ -25,7 +25,7 @@ from kaito_flows.oci.credentials import Credentials, merged_dockerconfigs
 from kaito_flows.oci.registry import RegistryRepository
 from kaito_flows.oci.repository import Repository
 from kaito_flows.platforms import pods
-from kaito_flows.platforms.base import Event, JobSpec, Service, ServiceSpec, Weights
+from kaito_flows.platforms.base import Event, JobSpec, Placement, Service, ServiceSpec, Weights
 from kaito_flows.platforms.following import JobFollower, ready_hosts
 from kaito_flows.platforms.local import LocalPlatform
 from kaito_flows.platforms.outputs import check_output
@@ -62,6 +62,11 @@ class KubernetesPlatform:
         self._owner: pods.Owner | None = None
         self._generation = 1
         self._made: dict[tuple[str, str], str] = {}
+
+    @property
+    def namespace(self) -> str:
+        """The Workspace's, or what the settings or the kubeconfig say."""
+        return self.cluster.namespace
 
     # --- the Workspace ------------------------------------------------------------------------------------------------
 
@@ -257,6 +262,15 @@ class KubernetesPlatform:
         """Nothing large is written here."""
         return True
 
+    def warm_up(self, workspace: str, nodes: Sequence[str], weights: Weights) -> None:
+        """Start a pod on each node that gets what the job will need."""
+        owner = self._known_owner(workspace)
+        name = f"warm-{workspace}-{canonical_digest(sorted(nodes))[:8]}"
+        spec = JobSpec(name, workspace, "warmer", {}, weights=weights, placement=Placement(tuple(nodes)))
+        manifest = pods.warm_job(spec, owner, self.settings)
+        self.cluster.apply(pods.config_map(spec, owner, self.settings, {}))
+        self.cluster.ensure(manifest, digest=canonical_digest(manifest))
+
     # --- jobs ---------------------------------------------------------------------------------------------------------
 
     def run_job(self, spec: JobSpec, on_event: Callable[[Event], None]) -> Event:
@@ -377,6 +391,10 @@ class KubernetesPlatform:
         """
         owner = self._known_owner(spec.job.workspace)
         return RollOut(self.cluster, self.settings, owner, spec).run(probe, on_event)
+
+    def serves(self, spec: ServiceSpec) -> bool:
+        """Whether that very revision is up, wherever."""
+        return RollOut(self.cluster, self.settings, self._known_owner(spec.job.workspace), spec).is_up()
 
     def service(self, workspace: str) -> Service | None:
         """The Workspace's service, if its pods are ready."""

@@ -49,6 +49,7 @@ class LocalPlatform:
     """Runs jobs and services as processes that outlive their starter; see `Platform` for what each method promises."""
 
     kind: Literal["local", "kubernetes"] = "local"
+    namespace = ""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -80,6 +81,9 @@ class LocalPlatform:
             ImageError: it is no image reference.
         """
         return Layout(self.settings.layout(Reference.parse(image)))
+
+    def warm_up(self, workspace: str, nodes: Sequence[str], weights: Weights) -> None:
+        """What jobs need lies on this machine."""
 
     def run_job(self, spec: JobSpec, on_event: Callable[[Event], None]) -> Event:
         """Run the job to its end, or follow the one that already runs; return its `completed` event.
@@ -259,6 +263,10 @@ class LocalPlatform:
             except BaseException:
                 process.stop()
                 raise
+
+    def serves(self, spec: ServiceSpec) -> bool:
+        """This machine is always there: that it is up already saves nothing."""
+        return False
 
     def service(self, workspace: str) -> Service | None:
         """The workspace's service, if the revision that was rolled out last is up."""

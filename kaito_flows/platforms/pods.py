@@ -38,6 +38,8 @@ STORE = "/workspace-store"
 REGISTRY_SECRETS = "/var/run/secrets/kaito-flows/registry"
 HUB_SECRET = "/var/run/secrets/kaito-flows/huggingface"
 
+_SMALL: Manifest = {"requests": {"cpu": "10m", "memory": "32Mi"}}
+
 # What GPU nodes are kept free with: KAITO's taint, NVIDIA's, and Azure's for spot nodes.
 _TOLERATIONS: list[Manifest] = [
     {"key": "sku", "operator": "Equal", "value": "gpu", "effect": "NoSchedule"},
@@ -149,6 +151,39 @@ def jobs(spec: JobSpec, owner: Owner, settings: Settings, arguments: Mapping[str
             }
         )
     return found
+
+
+def warm_job(spec: JobSpec, owner: Owner, settings: Settings) -> Manifest:
+    """A Job that lets a new node get what the tuning pod will need, while its data is not there yet.
+
+    One pod on each node: it brings the weights, where nodes keep them, by a small image that is there at once, and
+    meanwhile the kubelet pulls the large one. It asks for no GPU.
+    """
+    pod = _pod(spec, settings, settings.tuner_image, 0)
+    image = pod["containers"][0]
+    image |= {"name": "image", "command": ["python", "-c", "pass"], "resources": _SMALL}
+    brings = pod.pop("initContainers", [])
+    if settings.weights_cache:
+        # Containers are started in their order, each when its image is there.
+        pod["containers"] = [*({**one, "image": settings.worker_image} for one in brings), image]
+    name, count = object_name(spec.name), len(spec.placement.nodes)
+    own = {JOB_LABEL: name}
+    pod |= {"restartPolicy": "Never", "terminationGracePeriodSeconds": 1}
+    pod["affinity"] = {**pod["affinity"], "podAntiAffinity": _apart(own)}
+    metadata = owner.metadata(name, spec.program)
+    metadata["labels"] |= own
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": metadata,
+        "spec": {
+            "completions": count,
+            "parallelism": count,
+            "backoffLimit": 0,
+            "ttlSecondsAfterFinished": 60,
+            "template": {"metadata": {"labels": {**owner.labels(spec.program), **own}}, "spec": pod},
+        },
+    }
 
 
 FINAL_EXIT_CODES = (2, 10, 11, 12, 13, 14, 16, 17, 19)

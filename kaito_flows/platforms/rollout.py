@@ -55,7 +55,13 @@ class RollOut:
         if deployment is None or not deployment.get("status", {}).get("readyReplicas"):
             return None
         models = tuple(deployment["metadata"].get("annotations", {}).get(_MODELS, "").split())
-        return Service(workspace, _url(cluster, workspace), models, revision, adopted=True)
+        nodes = pods.placed(deployment)
+        return Service(workspace, _url(cluster, workspace), models, revision, adopted=True, nodes=nodes)
+
+    def is_up(self) -> bool:
+        """Whether the Service leads to this revision, and one of its pods is ready."""
+        found = self.current(self._cluster, self._owner.name)
+        return found is not None and found.revision == self._spec.revision
 
     def run(self, probe: Callable[[Service, httpx.Client], None], on_event: Callable[[Event], None]) -> Service:
         """Bring the revision up, hand it to `probe`, and let the Service lead to it.
@@ -112,7 +118,8 @@ class RollOut:
         manifest = pods.deployment(self._spec, self._owner, self._settings, self._deployment)
         found = self._cluster.ensure(manifest, digest=self._spec.revision)
         pinned = pods.placed(found.object)
-        if pinned and set(pinned).isdisjoint(pods.placed(manifest)):
+        wanted = set(pods.placed(manifest))
+        if pinned and wanted and wanted.isdisjoint(pinned):
             # Its nodes are no longer the Workspace's: Kubernetes brings it to the new ones, one pod after the other.
             affinity = manifest["spec"]["template"]["spec"]["affinity"]
             changes = {"spec": {"template": {"spec": {"affinity": affinity}}}}
@@ -178,11 +185,19 @@ class RollOut:
         with self._cluster.service_client(self._next, 80) as http:
             models = () if self._spec.template is not None else _models(http)
             url = _url(self._cluster, self._owner.name)
-            service = Service(self._owner.name, url, models, self._spec.revision, adopted=adopted)
+            nodes = self._nodes()
+            service = Service(self._owner.name, url, models, self._spec.revision, adopted=adopted, nodes=nodes)
             probe(service, http)
         annotations = {"metadata": {"annotations": {_MODELS: " ".join(models)}}}
         self._cluster.patch("Deployment", self._deployment, annotations)
         return service
+
+    def _nodes(self) -> tuple[str, ...]:
+        """The nodes that the pods are bound to; a pod template may have its own ways of choosing one."""
+        if pinned := pods.placed(self._cluster.get("Deployment", self._deployment) or _NOWHERE):
+            return pinned
+        found = {pod["spec"].get("nodeName", "") for pod in self._cluster.list("Pod", labels=self._labels)}
+        return tuple(sorted(found - {""}))
 
     def _await_endpoints(self) -> None:
         """Wait until the Service leads to this revision's pods and to no others, so that those may go.
@@ -205,6 +220,7 @@ class RollOut:
 
 
 _MODELS = "kaito-flows/models"
+_NOWHERE: Object = {"spec": {"template": {"spec": {}}}}
 
 
 def _url(cluster: Cluster, workspace: str) -> str:

@@ -158,6 +158,14 @@ STATUS: Schema = _facts(
         digest=_text("The digest of its manifest."),
     ),
     service=_facts("The service that answers.", url=_text("Where it answers, in the cluster.")),
+    cost=_facts(
+        "What the nodes of the last run cost.",
+        usd={"type": "number", "description": "USD, from when they were asked for until they were given back."},
+        gpuHours={"type": "number", "description": "Hours from when they were asked for, times GPUs."},
+        trainingShare={"type": "number", "description": "The share of paidSeconds that was spent in training."},
+        paidSeconds={"type": "number", "description": "Seconds from when they were ready until they were given back."},
+        bootSeconds={"type": "number", "description": "Seconds from when they were asked for until they were ready."},
+    ),
 )
 
 

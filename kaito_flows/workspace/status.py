@@ -15,6 +15,14 @@ JOB_STARTED = "JobStarted"
 INFERENCE_READY = "InferenceReady"
 WORKSPACE_SUCCEEDED = "WorkspaceSucceeded"
 
+_COST = {
+    "usd": "usd",
+    "gpuHours": "gpu_hours",
+    "trainingShare": "training_share",
+    "paidSeconds": "paid_seconds",
+    "bootSeconds": "boot_seconds",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Condition:
@@ -93,6 +101,8 @@ def status_resource(status: WorkspaceStatus) -> dict[str, Any]:
         found["adapter"] = {key: adapter[key] for key in ("image", "digest") if adapter.get(key)}
     if service:
         found["service"] = {"url": service["url"]}
+    if cost := facts.get("cost"):
+        found["cost"] = {theirs: cost[ours] for theirs, ours in _COST.items() if cost.get(ours) is not None}
     return found
 
 
@@ -105,6 +115,7 @@ def status_of_resource(found: Mapping[str, Any]) -> WorkspaceStatus:
         **{key: run[theirs] for theirs, key in ours.items() if theirs in run},
         **{key: raw[key] for key in ("adapter", "service") if key in raw},
         **({"nodes": raw["workerNodes"]} if raw.get("workerNodes") else {}),
+        **({"cost": {key: raw["cost"].get(theirs) for theirs, key in _COST.items()}} if raw.get("cost") else {}),
     }
     conditions = {
         c["type"]: Condition(
@@ -145,6 +156,15 @@ def columns(status: WorkspaceStatus, *, now: datetime | None = None) -> dict[str
     return {**ready, **job, "STATE": status.state, "TARGETNODECOUNT": str(status.node_count), "AGE": age}
 
 
+def cost_words(cost: Mapping[str, Any]) -> str:
+    """What the last run cost, on one line."""
+    share = cost.get("training_share")
+    training = "" if share is None else f", {share:.0%} of the paid time training"
+    boot = duration(cost.get("boot_seconds") or 0)
+    usd = "cost not known" if cost.get("usd") is None else f"{cost['usd']:.2f} USD"
+    return f"{usd}, {cost['gpu_hours']:.2f} GPU hours{training}, {boot} until the nodes were ready"
+
+
 def reason_of(code: str) -> str:
     """An error's code as a condition's reason: `out-of-memory` becomes `OutOfMemory`."""
     return "".join(word.capitalize() for word in code.split("-"))
@@ -156,11 +176,15 @@ def utc_now() -> str:
 
 
 def _age(created: str, now: datetime) -> str:
-    """The age as kubectl shortens it: 45s, 12m, 5h, 3d."""
     if not created:
         return ""
-    seconds = int((now - datetime.fromisoformat(created)).total_seconds())
+    return duration((now - datetime.fromisoformat(created)).total_seconds())
+
+
+def duration(seconds: float) -> str:
+    """A time as kubectl shortens it: 45s, 12m, 5h, 3d."""
+    whole = int(seconds)
     for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= 2 * length or (unit != "m" and seconds >= length):
-            return f"{seconds // length}{unit}"
-    return f"{max(seconds, 0)}s"
+        if whole >= 2 * length or (unit != "m" and whole >= length):
+            return f"{whole // length}{unit}"
+    return f"{max(whole, 0)}s"

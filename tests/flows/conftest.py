@@ -159,9 +159,9 @@ class Server:
         mine = [r for r in found if any(t == wanted if name else t.startswith(wanted) for t in r["tags"])]
         return sorted((r for r in mine if r["idempotency_key"]), key=lambda r: str(r["created"]))
 
-    def set_state(self, run: dict[str, Any], type_: str) -> None:
+    def set_state(self, run: dict[str, Any], type_: str, message: str = "") -> None:
         """Move a run as its worker would."""
-        state = {"state": {"type": type_}, "force": True}
+        state = {"state": {"type": type_, "message": message}, "force": True}
         httpx.post(f"{self.api}/flow_runs/{run['id']}/set_state", json=state, timeout=60).raise_for_status()
 
     def deletions(self, namespace: str, name: str) -> list[str]:

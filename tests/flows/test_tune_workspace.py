@@ -141,6 +141,8 @@ def test_no_serve_stops_at_the_published_adapter(platform: LocalPlatform, make_w
     facts, _ = run(make_workspace(), serve=False)
     assert "service" not in facts
     assert platform.service("tiny") is None
+    assert len(facts["samples"]) == 3
+    assert all(sample["expected"] and {"messages", "base", "tuned"} < sample.keys() for sample in facts["samples"])
 
 
 def test_the_users_tag_does_not_move_to_an_adapter_that_was_not_proven(

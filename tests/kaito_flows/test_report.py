@@ -65,8 +65,29 @@ def test_the_report_tells_the_proof_the_answers_and_the_service() -> None:
     assert base64.b64decode(encoded).startswith(b"<svg")
 
 
+def test_the_report_tells_what_rented_nodes_cost_and_nothing_of_nodes_that_cost_nothing() -> None:
+    cost = {"usd": 1.47, "gpu_hours": 0.4, "paid_seconds": 1200.0, "boot_seconds": 240.0, "training_share": 0.87}
+    paid = report_markdown({**FACTS, "cost": cost})
+    said = "1.47 USD, 0.40 GPU hours, 87% of the paid time training, 4m until the nodes were ready"
+    assert f"| nodes | {said} |\n" in paid
+    assert report_markdown({**FACTS, "cost": {**cost, "usd": 0.0}}) == report_markdown(FACTS)
+    assert "| nodes |" not in report_markdown(FACTS)
+
+
 def test_a_run_that_trained_nothing_says_so() -> None:
     without = {k: v for k, v in FACTS.items() if k not in ("answers", "service")}
     text = report_markdown({**without, "reused": True, "history": []})
     assert "Nothing was trained" in text
     assert "## Loss" not in text
+
+
+def test_sample_answers_are_shown_side_by_side_and_long_ones_are_cut() -> None:
+    asked = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "Define <b>"}]
+    sample = {"messages": asked, "base": "many\nwords | more", "tuned": "t" * 1000, "expected": "a letter"}
+    text = report_markdown({**FACTS, "samples": [sample]})
+    assert "## Sample answers" in text
+    assert "**Define &lt;b&gt;**" in text
+    assert "- base model: many words \\| more" in text
+    assert f"- tuned model: {'t' * 600} …" in text
+    assert "- the data: a letter" in text
+    assert "## Sample answers" not in report_markdown(FACTS)

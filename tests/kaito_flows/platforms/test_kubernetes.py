@@ -152,12 +152,12 @@ def test_a_node_that_is_gone_is_not_leased_again(cluster: Cluster, space: Cluste
     name = f"leased-{space.namespace.rpartition('-')[2]}"
     request = NodeRequest("x", labels={MARK: name}, gpus=4)
     with fake_node(cluster, name, taint=True):
-        lease = nodes.lease(request)
+        lease = nodes.lease(request, lambda *_: None)
         assert lease.nodes == (name,)
         assert nodes.alive(lease)
     assert not nodes.alive(lease)
     with pytest.raises(SchedulingError, match="no node has the labels") as none:
-        nodes.lease(request)
+        nodes.lease(request, lambda *_: None)
     assert none.value.code == "no-node"
 
 

@@ -54,6 +54,18 @@ def test_a_pod_satisfies_the_restricted_pod_security_standard() -> None:
         assert {next(k for k in v if k != "name") for v in pod["volumes"]} <= {*allowed, "secret"}
 
 
+def test_a_new_node_is_warmed_up_by_a_small_image_while_the_large_one_is_pulled() -> None:
+    settings = SETTINGS.model_copy(update={"worker_image": "worker:1", "weights_cache": "node:/models"})
+    warm = pods.warm_job(spec(program="warmer"), OWNER, settings)
+    pod = pod_of(warm)
+    assert [c["image"] for c in pod["containers"]] == ["worker:1", "tuner:1"]
+    assert "initContainers" not in pod
+    assert all("nvidia.com/gpu" not in c["resources"]["requests"] for c in pod["containers"])
+    assert (warm["spec"]["parallelism"], pods.placed(warm)) == (2, ("node-a", "node-b"))
+    # Where nodes keep no weights there is nothing to fetch ahead but the image.
+    assert [c["image"] for c in pod_of(pods.warm_job(spec(), OWNER, SETTINGS))["containers"]] == ["tuner:1"]
+
+
 def test_secrets_are_files_and_no_environment() -> None:
     pod = pod_of(job())
     for container in [*pod["initContainers"], *pod["containers"]]:

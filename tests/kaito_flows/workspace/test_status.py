@@ -11,6 +11,7 @@ from kaito_flows.workspace.status import (
     WORKSPACE_SUCCEEDED,
     WorkspaceStatus,
     columns,
+    cost_words,
     reason_of,
     status_of_resource,
     status_resource,
@@ -79,6 +80,9 @@ def test_a_status_comes_back_from_the_workspaces_object_as_it_was() -> None:
     made.facts = {
         "flow_run_id": "f", "identity": "i", "step": 3, "steps": 8, "loss": 1.5, "nodes": ["a"],
         "adapter": {"image": "r/i:t", "digest": "sha256:0"}, "service": {"url": "http://w.ns.svc"},
+        "cost": {
+            "usd": 1.25, "gpu_hours": 0.5, "training_share": 0.9, "paid_seconds": 1800.0, "boot_seconds": 240.0
+        },
     }  # fmt: skip
     found = {
         "apiVersion": "kaito.sh/v1beta1",
@@ -87,6 +91,20 @@ def test_a_status_comes_back_from_the_workspaces_object_as_it_was() -> None:
         "status": status_resource(made),
     }
     assert status_of_resource(found) == made
+
+
+def test_a_cost_is_told_in_kubernetes_words_and_on_a_line_for_people() -> None:
+    cost = {"usd": 1.254, "gpu_hours": 0.5, "training_share": None, "paid_seconds": 1800.0, "boot_seconds": 240.0}
+    made = status("kaito.sh/v1beta1")
+    made.facts["cost"] = cost
+    found = status_resource(made)
+    assert found["cost"] == {"usd": 1.254, "gpuHours": 0.5, "paidSeconds": 1800.0, "bootSeconds": 240.0}
+    metadata = {"name": "w", "generation": 1, "creationTimestamp": made.created}
+    again = status_of_resource({"apiVersion": "kaito.sh/v1beta1", "metadata": metadata, "status": found})
+    assert again.facts["cost"] == cost
+    assert cost_words(cost) == "1.25 USD, 0.50 GPU hours, 4m until the nodes were ready"
+    shared = cost_words({**cost, "training_share": 0.913})
+    assert shared == "1.25 USD, 0.50 GPU hours, 91% of the paid time training, 4m until the nodes were ready"
 
 
 def test_what_an_older_api_server_would_take_for_null_is_never_written() -> None:
