@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kaito_flows import __version__
-from kaito_flows.cli import failures, output
+from kaito_flows.cli import failures, output, renting
+from kaito_flows.cli.nodes import nodes
 from kaito_flows.cli.watch import watch
 from kaito_flows.errors import InputError, KaitoFlowsError, WorkspaceError
 
@@ -55,8 +57,13 @@ def main() -> None:
         error = exc if isinstance(exc, KaitoFlowsError) else failures.from_exception(exc)
         if os.environ.get(failures.TRACEBACK):
             traceback.print_exception(exc)
-        output.error(error, as_json="--json" in sys.argv)
+        output.error(error, as_json=_wants_json(sys.argv))
         sys.exit(error.exit_code)
+
+
+def _wants_json(arguments: list[str]) -> bool:
+    named = itertools.pairwise(arguments)
+    return "--json" in arguments or any(pair in (("-o", "json"), ("--output", "json")) for pair in named)
 
 
 @app.callback(invoke_without_command=True)
@@ -92,37 +99,44 @@ def plan(
     file: File,
     as_json: AsJson = False,
     platform: Annotated[
-        str, typer.Option("--platform", help="local or kubernetes; default: by whether the file names a size.")
+        str, typer.Option("--platform", help="local or kubernetes; default: as set, or by whether a size is named.")
     ] = "",
     data: Annotated[bool, typer.Option("--data", help="Prepare the data too: steps, time, cost, identity.")] = False,
 ) -> None:
     """Say what a Workspace will take, before anything starts.
 
-    Memory, the GPU sizes that fit, their price; with --data also steps, time, cost and the run's identity.
+    Memory, the GPU sizes that fit, their price; with --data also steps, time, cost and the run's identity. Where the
+    settings rent nodes, also which would be tried, in which order, and which of them cannot be had now.
     """
-    from kaito_flows.planning.plan import plan_workspace
+    from kaito_flows.planning.plan import plan_rented, plan_workspace
     from kaito_flows.planning.serving import plan_serving
     from kaito_flows.workspace import load_workspace
 
     if platform not in ("", "local", "kubernetes"):
         raise InputError(f"{platform!r} is no platform", place="--platform", hint="local or kubernetes")
-    loaded = load_workspace(file, "kubernetes" if platform == "kubernetes" else "local")
+    settings = _settings().model_copy(update={"platform": platform} if platform else {})
+    loaded = load_workspace(file, settings.platform)
     sized = bool(loaded.workspace.resource.instance_type)
-    there: PlatformKind = "kubernetes" if platform == "kubernetes" or (sized and not platform) else "local"
+    there: PlatformKind = "kubernetes" if sized and not platform else settings.platform
     made: Plan | ServingPlan
     if loaded.workspace.tuning is None:
-        made = plan_serving(loaded, there)
+        made = plan_serving(loaded, there, gpus=loaded.workspace.gpus)
         if data:
             raise InputError("a service has no data to prepare", place="--data", code="not-supported")
     else:
-        made = plan_workspace(loaded, there)
+        made = plan_rented(loaded) if settings.rents else plan_workspace(loaded, there, gpus=loaded.workspace.gpus)
         made = _with_data(loaded, made) if data else made
     if as_json:
-        output.json_facts(made.as_dict())
+        found = renting.prospects_of(loaded, made, settings)
+        output.json_facts(made.as_dict() | ({"offers": [each.as_dict() for each in found]} if settings.rents else {}))
+        if settings.rents and not renting.is_any_left(found, settings):
+            raise typer.Exit(1)
         return
     for note in (*map(str, loaded.placeholders), *made.notes):
         output.warning(note)
     output.pairs(made.table_rows(), title=f"Plan of {made.workspace}")
+    if settings.rents:  # after the plan, which holds whether or not the cloud answers
+        renting.show(renting.prospects_of(loaded, made, settings), settings)
 
 
 @app.command()
@@ -185,7 +199,7 @@ def status(
     namespace: Namespace = "",
 ) -> None:
     """Show what is known of Workspaces, with KAITO's columns."""
-    from kaito_flows.workspace.status import columns
+    from kaito_flows.workspace.status import columns, cost_words
 
     platform = _platform(namespace)
     found = platform.statuses() if name is None else [s for s in [platform.read_status(_known(name))] if s]
@@ -205,7 +219,10 @@ def status(
     if name is not None:
         conditions = found[0].conditions.values()
         rows = [{"item": c.type, "value": f"{c.status:<7} {c.reason} {c.message}".rstrip()} for c in conditions]
-        output.pairs([*rows, {"item": "service", "value": _url(services[name]) or "not up"}])
+        rows.append({"item": "service", "value": _url(services[name]) or "not up"})
+        if (cost := found[0].facts.get("cost")) and (cost.get("usd") != 0 or cost.get("gpu_hours")):
+            rows.append({"item": "cost", "value": cost_words(cost)})
+        output.pairs(rows)
 
 
 @app.command()
@@ -255,13 +272,14 @@ def chat(
 def delete(name: Name, as_json: AsJson = False, namespace: Namespace = "") -> None:
     """Stop a Workspace's jobs and service, and forget it.
 
-    Published images stay.
+    Its rented nodes are given back. Published images stay.
     """
     platform = _platform(namespace)
     known = platform.read_status(_known(name)) is not None or platform.service(name) is not None
     stopped = platform.delete(name)
     if not known and not stopped:
         raise _not_known(name)
+    _release_nodes(platform, name)
     if as_json:
         output.json_facts({"deleted": name, "stopped": stopped})
     else:
@@ -269,6 +287,7 @@ def delete(name: Name, as_json: AsJson = False, namespace: Namespace = "") -> No
 
 
 app.command()(watch)
+app.add_typer(nodes, name="nodes")
 
 
 def _with_data(loaded: WorkspaceFile, made: Plan) -> Plan:
@@ -285,6 +304,15 @@ def _with_data(loaded: WorkspaceFile, made: Plan) -> Plan:
     repository = platform.repository(tuning.output.image)
     dataset = prepare_dataset(files, folder, DatasetParameters.from_config(made.config), repository)
     return made.with_dataset(DatasetFacts.of(dataset.image.digest, dataset.facts))
+
+
+def _release_nodes(platform: Platform, name: str) -> None:
+    if platform.kind == "kubernetes":
+        from kaito_flows.nodes.opening import release_all
+        from kaito_flows.platforms.kubernetes import KubernetesPlatform
+
+        assert isinstance(platform, KubernetesPlatform)
+        release_all(_settings(), platform.cluster.namespace, name)
 
 
 def _settings() -> Settings:

@@ -68,7 +68,8 @@ class Live:
                 case "reused":
                     self._say(f"{stage:<16} nothing to do, {event['digest'][:19]} has the same inputs")
                 case "stage":
-                    self._say(f"{stage:<16} {event['name']}")
+                    for text in output.hanging(stage, event["name"], 17):
+                        self._say(text)
 
     def _progress(self, event: Mapping[str, Any]) -> None:
         if self._console.is_terminal:

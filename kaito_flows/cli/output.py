@@ -17,7 +17,7 @@ from typing import Any
 import typer
 
 from kaito_flows.errors import KaitoFlowsError, WorkspaceError
-from kaito_flows.workspace.status import WORKSPACE_SUCCEEDED, WorkspaceStatus
+from kaito_flows.workspace.status import WORKSPACE_SUCCEEDED, WorkspaceStatus, cost_words
 
 _ENDLESS = 1_000_000
 _JOINED = "\N{NO-BREAK SPACE}"
@@ -119,6 +119,8 @@ def summary(facts: Mapping[str, Any]) -> None:
     _fact("digest", adapter["digest"])
     if before and after:
         _fact("held out", f"loss {before['loss']:.3f} before, {after['loss']:.3f} after")
+    if (cost := facts.get("cost")) and cost["usd"] != 0:
+        _fact("cost", cost_words(cost))
     if answers := facts.get("answers"):
         asked = next(m["content"] for m in reversed(answers["messages"]) if m["role"] == "user")
         system = next((m["content"] for m in answers["messages"] if m["role"] == "system"), None)

@@ -29,7 +29,7 @@ def test_version_is_one_line(command: Any) -> None:
 def test_help_names_every_command_in_a_line_that_is_not_cut(command: Any) -> None:
     done = command("--help")
     assert (done.returncode, done.stderr) == (0, "")
-    for name in ("validate", "plan", "tune", "status", "chat", "delete"):
+    for name in ("validate", "plan", "tune", "status", "chat", "delete", "nodes"):
         assert re.search(rf"^  {name} +\S.*\.$", done.stdout, re.MULTILINE), name
     assert "..." not in done.stdout.partition("Commands:")[2]
     assert max(map(len, done.stdout.splitlines())) <= 80
@@ -182,7 +182,9 @@ def test_tune_in_a_pipe_prints_plain_lines_and_what_came_of_it(tuned: Any) -> No
     for stage in ("plan", "check access", "fetch weights", "prepare dataset", "tune", "publish", "roll out"):
         assert re.search(rf"^{stage} +done in \d+\.\d s$", output, re.MULTILINE), stage
 
+    assert "check nodes" not in output, "there are none to be rented"
     end = output.partition("\n\n")[2]
+    assert "cost" not in end
     layout = tuned.command.home / "registry/localhost/test/tiny"
     assert f"adapter  oci:{layout}:latest\n" in end
     digest = json.loads((layout / "index.json").read_bytes())["manifests"]
@@ -228,6 +230,7 @@ def test_status_shows_the_columns_the_conditions_and_the_service(tuned: Any) -> 
     assert header.split()[:4] == ["NAME", "INSTANCE", "RESOURCEREADY", "INFERENCEREADY"]
     assert row.split()[0] == "tiny"
     shown = tuned.command("status", "tiny").stdout
+    assert "cost" not in shown, "this machine is not paid for"
     assert re.search(rf"^  service +{facts['service_url']}$", shown, re.MULTILINE)
     for name in CONDITIONS:
         assert re.search(rf"^  {name} +True", shown, re.MULTILINE)
