@@ -17,6 +17,8 @@ from cluster_fixtures import missing
 from kubectl_fixtures import Kubectl
 from pod_fixtures import IMAGE_TAG
 
+from kaito_flows.cluster.gateway import Cluster
+
 WORKER_IMAGE = f"kaito-flows/worker:{IMAGE_TAG}"
 
 
@@ -89,6 +91,23 @@ def installed(target: Installer, here: list[dict[str, Any]], repository_root: Pa
     rights += moved(target.kustomize(repository_root / "deployments/kubernetes/workspaces"), target.namespace)
     target.apply(rights)
     return target
+
+
+@pytest.fixture(scope="module")
+def allowed(installed: Installer, cluster: Cluster, repository_root: Path) -> Iterator[Installer]:
+    """A cluster with the rights for Karpenter, for the accounts of the module's own namespace."""
+    events = f"claim-events-{installed.namespace}"
+    for manifest in moved(
+        installed.kustomize(repository_root / "deployments/kubernetes/karpenter"), installed.namespace
+    ):
+        if manifest["metadata"].get("namespace") == "default":
+            manifest["metadata"]["name"] = events
+            if "roleRef" in manifest:
+                manifest["roleRef"]["name"] = events
+        cluster.apply(manifest)
+    yield installed
+    for kind in ("Role", "RoleBinding"):
+        cluster.within("default").delete(kind, events)
 
 
 @pytest.fixture(scope="session")

@@ -144,8 +144,22 @@ def command(*arguments: str) -> str:
     return subprocess.run([COMMAND, *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def condition(place: Place, name: str) -> dict[str, Any]:
+    """The condition WorkspaceSucceeded."""
+    conditions = place.kubectl.get("workspace", name)["status"]["conditions"]
+    return next(c for c in conditions if c["type"] == "WorkspaceSucceeded")
+
+
 def state(place: Place, name: str) -> str:
     return str(place.kubectl.get("workspace", name).get("status", {}).get("state", ""))
+
+
+def told(place: Place, name: str) -> list[dict[str, Any]]:
+    """What a Workspace's tuning pods tell, by their logs."""
+    selector = f"kaito.sh/workspace={name},app.kubernetes.io/component=tuner"
+    pods = place.kubectl.get("pods", "--selector", selector)["items"]
+    logs = [place.kubectl.run("logs", pod["metadata"]["name"], "--container", "tuner").stdout for pod in pods]
+    return [json.loads(line) for log in logs for line in log.splitlines() if line.startswith('{"event"')]
 
 
 def runs(api: str, place: Place, name: str) -> list[dict[str, Any]]:
@@ -161,8 +175,31 @@ def test_the_worker_and_the_watcher_have_the_rights_they_need(control_plane: Ins
         log = control_plane("logs", f"deployment/kaito-flows-{name}").lower()
         assert "forbidden" not in log and "denied" not in log, log
     ours = {deployment["entrypoint"].rpartition(".")[2] for deployment in ask(api, "deployments/filter")}
-    assert ours == {"tune_workspace", "serve_workspace"}
-    assert {found["name"] for found in ask(api, "automations/filter")} == {"crash-zombies", "resume-crashed"}
+    assert ours == {"tune_workspace", "serve_workspace", "reap_nodes"}
+    assert {found["name"] for found in ask(api, "automations/filter")} == {
+        "crash-zombies", "resume-crashed", "reap-after-deletion",
+    }  # fmt: skip
+
+
+@pytest.mark.cluster
+def test_the_watcher_answers_prometheus(control_plane: Installer) -> None:
+    [pod] = control_plane.get("pods", "--selector", "app.kubernetes.io/component=watcher")["items"]
+    port = pod["metadata"]["annotations"]["prometheus.io/port"]
+    answer = httpx.get(f"http://{pod['status']['podIP']}:{port}/metrics", timeout=10)
+    assert 'kaito_flows_workspaces{state="Running"} ' in answer.text
+
+
+@pytest.mark.cluster
+def test_the_reaper_runs_in_a_pod_of_its_own(control_plane: Installer, api: str) -> None:
+    [reaper] = [found for found in ask(api, "deployments/filter") if found["entrypoint"].endswith(".reap_nodes")]
+    ask(api, f"deployments/{reaper['id']}/create_flow_run")
+
+    def states() -> set[str]:
+        found = ask(api, "flow_runs/filter", flows={"name": {"any_": ["reap-nodes"]}})
+        return {run["state"]["type"] for run in found}
+
+    eventually(lambda: states() & {"COMPLETED", "FAILED", "CRASHED"}, 90, "reaped")
+    assert "COMPLETED" in states()
 
 
 @pytest.mark.cluster
@@ -199,8 +236,8 @@ def test_a_workspace_that_is_applied_is_tuned_served_and_gone_when_it_is_deleted
         lambda: not spot.kubectl.get(kinds, "--selector", f"kaito.sh/workspace={NAME}")["items"], 30, "gone with all"
     )
     assert time.monotonic() - begun < 30
-    [deleted] = [run for run in runs(api, spot, NAME) if run["name"].startswith("delete-")]
-    assert deleted["state"]["type"] == "COMPLETED"
+    deletions = [run["state"]["type"] for run in runs(api, spot, NAME) if run["name"].startswith("delete-")]
+    assert "COMPLETED" in deletions
 
 
 @pytest.mark.cluster
@@ -212,15 +249,7 @@ def test_when_the_whole_control_plane_is_killed_the_job_goes_on_and_the_run_take
     )
     spot.kubectl("apply", "-f", "-", stdin=document)
     tuner = ("--selector", f"kaito.sh/workspace={name},app.kubernetes.io/component=tuner")
-
-    def trains() -> bool:
-        pods = spot.kubectl.get("pods", *tuner)["items"]
-        return any(
-            '"step": 2' in spot.kubectl.run("logs", pod["metadata"]["name"], "--container", "tuner").stdout
-            for pod in pods
-        )
-
-    eventually(trains, 180, "training")
+    eventually(lambda: any(e.get("step", 0) >= 2 for e in told(spot, name)), 180, "training")
     [job] = spot.kubectl.get("jobs", *tuner)["items"]
     for selector in ("flow", "worker", "watcher"):
         which = f"app.kubernetes.io/component={selector}"
@@ -234,3 +263,30 @@ def test_when_the_whole_control_plane_is_killed_the_job_goes_on_and_the_run_take
     assert {item["metadata"]["uid"] for item in left} <= {job["metadata"]["uid"]}
     images = pod_repository(spot, name).tags()
     assert images["latest"] == next(digest for tag, digest in images.items() if tag.startswith("run-"))
+
+
+@pytest.mark.cluster
+def test_a_training_that_is_paused_frees_its_gpu_and_goes_on_from_its_checkpoint(spot: Place, api: str) -> None:
+    name = "patient"
+    config = training_config(spot, "patient", max_steps=500, save_steps=10)  # some seconds, however fast
+    document = workspace(
+        spot, name, chats_image(spot), config=config, metadata={"annotations": {"kaito-flows/serve": "false"}}
+    )
+    spot.kubectl("apply", "-f", "-", stdin=document)
+    eventually(lambda: any(e["event"] == "checkpoint" for e in told(spot, name)), 180, "at its first checkpoint")
+    spot.kubectl("annotate", "workspace", name, "kaito-flows/pause=true")
+    tuner = ("--selector", f"kaito.sh/workspace={name},app.kubernetes.io/component=tuner")
+    eventually(lambda: not spot.kubectl.get("jobs,pods", *tuner)["items"], 60, "without a pod")
+    eventually(lambda: condition(spot, name)["reason"] == "workspacePaused", 30, "told to be paused")
+    eventually(lambda: runs(api, spot, name)[0]["state"]["type"] == "CANCELLED", 30, "cancelled")
+    tags = pod_repository(spot, name).tags()
+    assert any(tag.startswith("checkpoint-") for tag in tags) and "latest" not in tags
+
+    spot.kubectl("annotate", "workspace", name, "kaito-flows/pause-")
+    eventually(lambda: any(e["event"] == "resumed" for e in told(spot, name)), 120, "resumed")
+    [resumed] = [event for event in told(spot, name) if event["event"] == "resumed"]
+    assert resumed["step"] >= 10
+    eventually(lambda: state(spot, name) in ("Succeeded", "Failed"), 180, "over")
+    assert state(spot, name) == "Succeeded", spot.kubectl("describe", "workspace", name)
+    assert sorted(run["state"]["type"] for run in runs(api, spot, name)) == ["CANCELLED", "COMPLETED"]
+    assert "latest" in pod_repository(spot, name).tags()
