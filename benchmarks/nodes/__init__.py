@@ -1,0 +1,1 @@
+"""What renting nodes costs in time and money, by simulated latencies."""
