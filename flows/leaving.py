@@ -21,6 +21,7 @@ SECONDS = 20.0
 def leave_in_time(seconds: float = SECONDS) -> None:
     """From now on, let this process end `seconds` after its work, whatever Prefect's client has not handed over."""
     for service in (EventsWorker, APILogWorker):
+        # Prefect has no setting for it, and the method is what it calls at the interpreter's exit.
         given: Any = getattr(service.drain, "__wrapped__", service.drain)
         service.drain = _bounded(given, seconds)  # type: ignore[method-assign]
 

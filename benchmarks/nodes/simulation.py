@@ -14,12 +14,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-import httpx
-
 from kaito_flows.nodes.base import NodeRequest, Offer
 from kaito_flows.nodes.pools import LeaseRecord, Pool
 from kaito_flows.oci.images import build_image, open_repository
-from kaito_flows.platforms import Event, JobSpec, LocalPlatform, Service, ServiceSpec, Weights
+from kaito_flows.platforms import Event, JobSpec, LocalPlatform, Weights
 
 
 @dataclass(frozen=True)
@@ -171,15 +169,6 @@ class SimulatedPlatform(LocalPlatform):
         )
         seconds = self._minutes.training * self._minutes.scale
         return {"event": "completed", "timings": {"steps_seconds": seconds}}
-
-    def ensure_service(
-        self,
-        spec: ServiceSpec,
-        probe: Callable[[Service, httpx.Client], None],
-        on_event: Callable[[Event], None] = lambda event: None,
-    ) -> Service:
-        """Nothing is served here."""
-        raise NotImplementedError("the benchmark serves nothing")
 
     def _bring(self, node: str, what: str) -> None:
         there = self._there.get((node, what))

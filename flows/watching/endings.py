@@ -104,8 +104,7 @@ class Endings:
                         await self.learn(str(run.id), run.state)
                     async for event in events:
                         await self._hear(event)
-            # Whatever it is, a server that comes back is to be heard again.
-            except Exception as exc:  # noqa: BLE001
+            except Exception as exc:  # noqa: BLE001 - whatever it is, a server that comes back is to be heard again
                 logger.debug("Prefect's events: %s: %s", type(exc).__name__, exc)
             if connected:
                 missing = datetime.now(UTC) - _SLACK

@@ -23,6 +23,7 @@ OURS = "kaito-flows-"
 LeaseState = Literal["leased", "kept", "serving"]
 PoolState = Literal["creating", "ready", "failed", "deleting"]
 
+_LEASE_STATES: dict[str, LeaseState] = {"leased": "leased", "kept": "kept", "serving": "serving"}
 _DIGITS = 10
 
 
@@ -59,7 +60,7 @@ class LeaseRecord:
         """The inverse of `as_tags`; None for others, and damaged ones: such a pool is nobody's to delete."""
         found = tags or {}
         try:
-            state: LeaseState = {"leased": "leased", "kept": "kept", "serving": "serving"}[found[OURS + "state"]]  # type: ignore[assignment]
+            state = _LEASE_STATES[found[OURS + "state"]]
             return cls(
                 owner=found[OURS + "owner"],
                 holder=Holder(found[OURS + "namespace"], found[OURS + "workspace"], found[OURS + "run"]),

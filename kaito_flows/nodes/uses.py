@@ -28,20 +28,13 @@ def uses_of(pools: Iterable[Pool], cloud: Cloud, cluster: Cluster) -> dict[str, 
 
 def is_served_by(pool: Pool, cloud: Cloud, cluster: Cluster) -> bool:
     """Whether the Workspace's service is seen on the pool's nodes. What cannot be told is no."""
-    holder = pool.record.holder
-    if not holder.namespace:
+    if not pool.record.holder.namespace:
         return False
-    there, wanted = cluster.within(holder.namespace), selector(holder.workspace, "server")
     try:
-        services = there.list("Deployment", labels=wanted)
-        if not services:
-            return False
-        nodes = cluster.list("Node", labels=cloud.node_labels(pool.name))
-        pods = there.list("Pod", labels=wanted)
+        services, pods, nodes = _seen(pool, cloud, cluster)
     except KaitoFlowsError:
         return False
-    on = {*(pod["spec"].get("nodeName", "") for pod in pods), *(name for one in services for name in placed(one))}
-    return not on.isdisjoint(name for node in nodes for name in (node["metadata"]["name"], name_of(node)))
+    return not nodes.isdisjoint(_places(services, pods))
 
 
 def forgotten(pools: Iterable[Pool], cluster: Cluster) -> frozenset[str]:
@@ -51,30 +44,41 @@ def forgotten(pools: Iterable[Pool], cluster: Cluster) -> frozenset[str]:
 
 
 def _use(pool: Pool, cloud: Cloud, cluster: Cluster) -> Use:
-    holder = pool.record.holder
-    if not holder.namespace:
+    namespace = pool.record.holder.namespace
+    if not namespace:
         return "unknown"
-    there = cluster.within(holder.namespace)
-    wanted = selector(holder.workspace, "server")
     try:
-        services = there.list("Deployment", labels=wanted)
-        if not services:
-            return "gone"
-        nodes = cluster.list("Node", labels=cloud.node_labels(pool.name))
-        pods = there.list("Pod", labels=wanted)
+        services, pods, nodes = _seen(pool, cloud, cluster)
     except KaitoFlowsError as exc:
-        return "gone" if _namespace_is_gone(exc, holder.namespace, cluster) else "unknown"
-    return _where(services, pods, {name for node in nodes for name in (node["metadata"]["name"], name_of(node))})
-
-
-def _where(services: Sequence[Object], pods: Sequence[Object], nodes: set[str]) -> Use:
-    pinned = [set(placed(service)) for service in services]
-    on = [pod["spec"].get("nodeName", "") for pod in pods]
-    if not nodes.isdisjoint({*on, *(name for names in pinned for name in names)}):
+        return "gone" if _namespace_is_gone(exc, namespace, cluster) else "unknown"
+    if not services:
+        return "gone"
+    if not nodes.isdisjoint(_places(services, pods)):
         return "here"
     # A pod that has no node yet may come here, and nodes that are not seen may come back.
-    settled = all(pinned) or (all(on) and bool(on))
+    settled = all(map(placed, services)) or (all(map(_node_of, pods)) and bool(pods))
     return "elsewhere" if nodes and settled else "here"
+
+
+def _seen(pool: Pool, cloud: Cloud, cluster: Cluster) -> tuple[list[Object], list[Object], set[str]]:
+    """The Workspace's Deployments that serve, their pods, and the names of the pool's nodes."""
+    holder = pool.record.holder
+    there, wanted = cluster.within(holder.namespace), selector(holder.workspace, "server")
+    services = there.list("Deployment", labels=wanted)
+    if not services:
+        return [], [], set()
+    nodes = cluster.list("Node", labels=cloud.node_labels(pool.name))
+    names = {name for node in nodes for name in (node["metadata"]["name"], name_of(node))}
+    return services, there.list("Pod", labels=wanted), names
+
+
+def _places(services: Sequence[Object], pods: Sequence[Object]) -> set[str]:
+    """The nodes that services are pinned to, and that their pods are on."""
+    return {*(name for one in services for name in placed(one)), *map(_node_of, pods)}
+
+
+def _node_of(pod: Object) -> str:
+    return str(pod["spec"].get("nodeName", ""))
 
 
 def _is_forgotten(pool: Pool, cluster: Cluster) -> bool:
