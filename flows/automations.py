@@ -102,9 +102,9 @@ def _core(automation: Automation) -> AutomationCore:
 
 
 def _facts(automation: AutomationCore) -> Any:
-    """What was asked for, as both sides write it."""
+    """What was asked for, as both sides write it; sets stay sets, for JSON has them in any order."""
     written = automation.model_dump(mode="json", exclude=_SERVERS_OWN)
-    return AutomationCore.model_validate(written).model_dump(mode="json")
+    return AutomationCore.model_validate(written).model_dump()
 
 
 if __name__ == "__main__":

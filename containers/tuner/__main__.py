@@ -243,4 +243,11 @@ if __name__ == "__main__":
     if is_worker():
         speak_through_launcher()
     preemption.listen()
-    run(main, TunerJob, sys.argv)
+    try:
+        run(main, TunerJob, sys.argv)
+    except SystemExit as ended:
+        # Everything is written and said. Taking the interpreter down beneath threads of PyTorch's that still run
+        # ends now and then in an abort of a training that went well.
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(ended.code if isinstance(ended.code, int) else 1)

@@ -50,6 +50,15 @@ def test_they_are_made_once_and_mended_where_they_differ(server: Any) -> None:
     assert names(server) == ["crash-zombies", "resume-crashed"]
 
 
+def test_the_order_of_what_is_expected_is_no_difference(server: Any) -> None:
+    names = [f"prefect.flow-run.{number}" for number in range(64)]
+    for ordered, done in ((names, "created"), (names[::-1], "unchanged")):
+        [_, resume] = automations()
+        trigger = resume.trigger.model_copy(update={"expect": set(ordered)})
+        wanted = resume.model_copy(update={"name": "of-many", "trigger": trigger})
+        assert ensure_automations([wanted]) == {"of-many": done}
+
+
 def test_a_run_that_falls_silent_crashes_and_is_scheduled_again(server: Any) -> None:
     ensure_automations(automations(heartbeat=timedelta(seconds=4), resume_after=timedelta(seconds=10)))
     with httpx.Client(base_url=server.api, timeout=30) as api:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import threading
@@ -120,6 +121,17 @@ def test_two_processes_have_the_loss_curve_of_one(place: Place, alone: dict[str,
     assert [told["step"] for told in history if told["event"] == "progress"] == list(range(1, 11))
     adapter = load_file(root.results / "adapter_model.safetensors")
     assert len(adapter) == 16 and all(bool(tensor.any()) for tensor in adapter.values())
+
+
+def test_a_training_that_went_well_ends_well_whatever_the_libraries_do_at_exit(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = "import atexit, os, sys\nif 'kaito_flows.containers.tuner' in sys.orig_argv: atexit.register(os.abort)\n"
+    (tmp_path / "sitecustomize.py").write_text(hook)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    root = place.machine("a", world=world(2))
+    code, running = run(root)
+    assert (code, running.events[-1]["event"]) == (0, "completed"), stderr(root)
 
 
 def test_two_machines_have_the_loss_curve_of_one_process(place: Place, alone: dict[str, Running]) -> None:
