@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 from prefect import flow
 from prefect.runtime import flow_run as current_run
 from pydantic import Field
 
+from kaito_flows.errors import SchedulingError
 from kaito_flows.flows.giving_up import give_up
 from kaito_flows.nodes import NodeLease, open_nodes
 from kaito_flows.nodes.cost import NodeCost
@@ -19,6 +20,7 @@ from kaito_flows.report import report_markdown
 from kaito_flows.settings import Settings
 from kaito_flows.tasks import artifacts
 from kaito_flows.tasks.check_access import check_access
+from kaito_flows.tasks.elsewhere import as_guest, namespace_of, other_places, tune_elsewhere
 from kaito_flows.tasks.plan_workspace import plan as plan_task
 from kaito_flows.tasks.plan_workspace import refine_plan
 from kaito_flows.tasks.prepare_dataset import prepare
@@ -74,7 +76,7 @@ def tune_workspace(
         RunError: the run failed although the input was right.
     """
     settings = Settings()
-    platform = open_platform(settings, workspace.namespace, str(current_run.id or ""))
+    platform = open_platform(settings, namespace_of(workspace, settings), str(current_run.id or ""))
     nodes = open_nodes(settings)
     port = port or (settings.serve_port if platform.kind == "local" else None)
     seconds: dict[str, float] = {}
@@ -84,7 +86,7 @@ def tune_workspace(
             seconds[stage] = event["seconds"]
 
     platform.begin(workspace)
-    with listening(keep_time), keeping_status(workspace, platform) as status:
+    with as_guest(workspace, platform), listening(keep_time), keeping_status(workspace, platform) as status:
         refuse_endless_runs()
         document = workspace.model_dump(mode="json", by_alias=True, exclude_unset=True)
         document["apiVersion"] = workspace.api_version  # a form leaves out what has only one value
@@ -96,8 +98,14 @@ def tune_workspace(
         check_access(file, plan, platform, port)
         plan = pin_weights(plan, workspace, platform)
         request = node_request(workspace, plan, platform, settings)
+        lacking = None
         if request.offers:
-            check_nodes(request, nodes)
+            try:
+                check_nodes(request, nodes)
+            except SchedulingError as exc:
+                if not other_places(workspace, settings):
+                    raise
+                lacking = exc
         serves = workspace.serve if serve is None else serve
 
         def on_lease(lease: NodeLease) -> None:
@@ -116,6 +124,7 @@ def tune_workspace(
             warm_up=warm_up,
             budget_usd=budget(workspace.metadata.annotations, settings),
             stop_job=lambda: platform.stop_jobs(workspace.name),
+            lacking=lacking,
         ) as tenancy:
             # While nodes boot, the data is prepared; unless it may be what was tuned already, which takes no node.
             if not settings.rents or "adapter" not in status.facts:
@@ -124,7 +133,17 @@ def tune_workspace(
             dataset = prepare(file, plan, weights, platform)
             plan = refine_plan(plan, DatasetFacts.of(dataset.image.digest, dataset.facts))
             status.facts["identity"] = plan.identity
-            adapter = tune(plan, dataset, tenancy, workspace, platform, on_lease)
+            try:
+                adapter = tune(plan, dataset, tenancy, workspace, platform, on_lease)
+            except SchedulingError as exc:
+                places = other_places(workspace, settings)
+                if exc.code != "no-node" or not places:
+                    raise
+                tenancy.give_back()
+                cost = tune_elsewhere(workspace, training_config, places, exc, platform, settings.pending_seconds)
+                tenancy.add_cost(cost)
+                adapter = tune(plan, dataset, tenancy, workspace, platform, on_lease)
+                adapter = replace(adapter, reused=False, training_seconds=cost.training_seconds)
             if adapter.reused:
                 status.set(RESOURCE_READY, "True", "workspaceResourceStatusSuccess", "nothing was to be trained")
                 status.set(JOB_STARTED, "True", "WorkspaceTuningJobStatusStarted")

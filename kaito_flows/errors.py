@@ -38,6 +38,7 @@ raises the same class again (`from_job_exit`).
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ __all__ = [
     "WorkspaceError",
     "disk_errors",
     "from_job_exit",
+    "from_text",
 ]
 
 
@@ -344,6 +346,18 @@ def from_job_exit(exit_code: int, message: str, *, code: str = "", place: str = 
         if cls.job_exit_code == exit_code and cls.job_exit_code not in (0, 1) and cls is not WorkspaceError:
             return cls(message, place=place, hint=hint, code=code)
     return JobError(message, place=place, hint=hint, code=code)
+
+
+_NAMED = re.compile(r"(?:^|: )(\w+): ([a-z][a-z-]*): (.+)", re.DOTALL)
+
+
+def from_text(text: str) -> KaitoFlowsError | None:
+    """Return the error that Prefect keeps of a run, `Flow run encountered an exception: RunError: code: …`, or None."""
+    found = _NAMED.search(text)
+    cls = next((cls for cls in _classes(KaitoFlowsError) if found and cls.__name__ == found[1]), None)
+    if found is None or cls is None:
+        return None
+    return (InputError if cls is WorkspaceError else cls)(found[3], code=found[2])
 
 
 @contextmanager

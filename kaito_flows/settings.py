@@ -61,6 +61,16 @@ class Settings(BaseSettings):
         pattern=r"^(existing|karpenter|aks)(,(existing|karpenter|aks))*$",
         description="Where GPU nodes come from, in the order in which it is tried: existing, karpenter, aks.",
     )
+    place: str = Field(
+        "kubernetes",
+        pattern=r"^[\w.-]+$",
+        description="What this cluster's work pool and deployments are called, where several share a Prefect server.",
+    )
+    elsewhere: str = Field(
+        "",
+        pattern=r"^(|[\w.-]+(,[\w.-]+)*)$",
+        description="Other places, where a run tunes when no node can be had here, in the order in which it is tried.",
+    )
     owner: str = Field("kaito-flows", max_length=63, description="Tells installations that share a cluster apart.")
     capacity: Literal["on-demand", "spot", "spot,on-demand"] = Field(
         "on-demand", description="What is rented; the annotation kaito-flows/capacity says otherwise for a Workspace."

@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run as current_run
 
-from kaito_flows.errors import BudgetError, KaitoFlowsError, LeaseLostError
+from kaito_flows.errors import BudgetError, KaitoFlowsError, LeaseLostError, SchedulingError
 from kaito_flows.nodes import NodeLease, NodeProvider, NodeRequest
 from kaito_flows.nodes.cost import NodeCost, PaidLease
 from kaito_flows.nodes.offers import MAX_COST, offers_of
@@ -80,7 +80,8 @@ class Tenancy:
 
     As a context manager it gives them back on every way out but one: a run that is killed or evicted comes again, and
     its job goes on meanwhile. (If it does not come, the lease runs out.) `on_cost` hears what they cost, so far;
-    `warm_up` is called with rented nodes as soon as they are ready, `stop_job` when they have cost `budget_usd`.
+    `warm_up` is called with rented nodes as soon as they are ready, `stop_job` when they have cost `budget_usd`. When
+    it is known that none can be had, `lacking` says why, and nothing is asked for.
     """
 
     def __init__(
@@ -93,11 +94,12 @@ class Tenancy:
         warm_up: OnLease = lambda lease: None,
         budget_usd: float | None = None,
         stop_job: Callable[[], object] = lambda: None,
+        lacking: SchedulingError | None = None,
     ) -> None:
         self.request = request
         self.cost = spent or NodeCost()
         self._nodes, self._on_cost, self._warm_up = nodes, on_cost, warm_up
-        self._budget, self._stop_job = budget_usd, stop_job
+        self._budget, self._stop_job, self._lacking = budget_usd, stop_job, lacking
         self._stop = threading.Event()
         self._future: PrefectFuture[NodeLease] | None = None
         self._lease: NodeLease | None = None
@@ -121,7 +123,7 @@ class Tenancy:
 
     def begin(self) -> None:
         """Ask for the nodes, in the background."""
-        if self._future is None and self._lease is None:
+        if self._future is None and self._lease is None and self._lacking is None:
             self._future = provision_nodes.submit(self.request, self._nodes, self._stop, self._book)
 
     def lease(self) -> NodeLease:
@@ -133,6 +135,8 @@ class Tenancy:
             LeaseLostError: (code `too-many-leases`) they were taken away time and again.
         """
         self.check_budget()
+        if self._lacking is not None:
+            raise self._lacking
         self._is_used = True
         if self._future is not None:
             self._future.result()
@@ -189,12 +193,17 @@ class Tenancy:
         self.give_back()
 
     def for_service(self) -> Tenancy:
-        """The hold on the node that the service is for: this one, or where the training had several, one on a node."""
-        if self.request.count == 1:
+        """The hold on the node that the service is for: this one, unless the training had several, or none here."""
+        if self.request.count == 1 and not self._is_over:
             return self
         self.give_back()
         request = replace(self.request, count=1)
         return Tenancy(request, self._nodes, spent=self.cost, on_cost=self._on_cost, budget_usd=self._budget)
+
+    def add_cost(self, cost: NodeCost) -> None:
+        """Count what nodes in another cluster have cost."""
+        self.cost += cost
+        self._on_cost(self.cost)
 
     def give_back(self, *, keep: bool = False) -> None:
         """Give back what was leased, and what is being leased; once. The reaper takes what this cannot."""

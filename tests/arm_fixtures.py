@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 
 if TYPE_CHECKING:
     from arm import Azure
+
+    from kaito_flows.cluster.gateway import Cluster
 
 A100, T4 = "Standard_NC24ads_A100_v4", "Standard_NC4as_T4_v3"
 A100_FAMILY, T4_FAMILY = "StandardNCADSA100v4Family", "Standard NCASv3_T4 Family"
@@ -39,6 +42,18 @@ def azure(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv(name, value)
     yield standin
     standin.stop()
+
+
+@pytest.fixture
+def at_azure(azure: Azure, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Azure:
+    """Azure, from which the settings rent, beside a cluster that is reached without its proxy."""
+    host = cluster.connection.server.partition("//")[2].partition(":")[0]
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, f"{os.environ['no_proxy']},{host}")
+    monkeypatch.setenv("KAITO_FLOWS_PLATFORM", "kubernetes")
+    monkeypatch.setenv("KAITO_FLOWS_NODES", "aks")
+    azure.boot_seconds, azure.delete_seconds = 1.0, 0.3
+    return azure
 
 
 class PoolNodes:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from arm_fixtures import azure, steady
+from arm_fixtures import at_azure, azure, steady
 from cluster_fixtures import busybox, cluster, kubeconfig, proxy, space
 from karpenter_fixtures import karpenter_crds, node_class, provisioner
 from kubectl_fixtures import kubectl, workspaces_crd
@@ -15,6 +15,7 @@ from pod_fixtures import images, place, pod_host, pod_registry, shared_place
 from registry_fixtures import registry, registry_with
 
 __all__ = [
+    "at_azure",
     "azure",
     "busybox",
     "cluster",

@@ -22,8 +22,7 @@ from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventFilter, EventNameFilter
 from prefect.events.schemas.events import Event
 
-from kaito_flows import errors
-from kaito_flows.errors import KaitoFlowsError, RunError
+from kaito_flows.errors import KaitoFlowsError, RunError, from_text
 from kaito_flows.flows.watching.wish import TAG, shortened
 from kaito_flows.tasks.status import MAX_RUNS
 from kaito_flows.workspace.status import reason_of
@@ -160,9 +159,7 @@ class Endings:
 
 def _failure(run_id: str, message: str) -> News:
     """A failure, by what Prefect keeps of the exception: `Flow run encountered an exception: RunError: code: …`."""
+    if (error := from_text(message)) is not None:
+        return News(run_id, "Failed", reason_of(error.code), shortened(str(error)))
     said = message.removeprefix("Flow run encountered an exception: ")
-    name, _, text = said.partition(": ")
-    kind = getattr(errors, name, None)
-    if isinstance(kind, type) and issubclass(kind, KaitoFlowsError):
-        return News(run_id, "Failed", reason_of(text.partition(":")[0]), shortened(text))
     return News(run_id, "Failed", "RunFailed", shortened(said))

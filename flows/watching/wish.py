@@ -76,8 +76,8 @@ class Wish:
         return bool(key and key.startswith(f"{self.uid}:"))
 
     def is_for(self, key: str | None) -> bool:
-        """Whether a run with that idempotency key does what is wished now, resumed or not."""
-        return bool(key and (key == self.key or key.startswith(f"{self.key}:resumed-")))
+        """Whether a run with that idempotency key does what is wished now, resumed or not, here or elsewhere."""
+        return bool(key and (key == self.key or key.startswith((f"{self.key}:resumed-", f"{self.key}:elsewhere-"))))
 
 
 def essence(body: Body) -> dict[str, Any]:

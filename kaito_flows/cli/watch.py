@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from kaito_flows.errors import InputError
+from kaito_flows.settings import Settings
 
 
 def watch(
@@ -18,11 +19,12 @@ def watch(
         bool, typer.Option("--all-namespaces", "-A", help="Look everywhere; takes rights in the whole cluster.")
     ] = False,
     tune_deployment: Annotated[
-        str, typer.Option("--tune-deployment", envvar="KAITO_FLOWS_TUNE_DEPLOYMENT", help="What runs `tuning`.")
-    ] = "tune-workspace/kubernetes",
+        str | None, typer.Option("--tune-deployment", envvar="KAITO_FLOWS_TUNE_DEPLOYMENT", help="What runs `tuning`.")
+    ] = None,
     serve_deployment: Annotated[
-        str, typer.Option("--serve-deployment", envvar="KAITO_FLOWS_SERVE_DEPLOYMENT", help="What runs `inference`.")
-    ] = "serve-workspace/kubernetes",
+        str | None,
+        typer.Option("--serve-deployment", envvar="KAITO_FLOWS_SERVE_DEPLOYMENT", help="What runs `inference`."),
+    ] = None,
     liveness: Annotated[
         str | None, typer.Option("--liveness", help="Where to answer liveness probes: http://0.0.0.0:8080/healthz")
     ] = None,
@@ -36,5 +38,7 @@ def watch(
     except ModuleNotFoundError as exc:
         hint = "pip install 'kaito-flows[cluster]'"
         raise InputError(f"{exc.name} is not installed", place="kaito-flows watch", hint=hint, code="usage") from exc
-    deployments = Deployments(tune=tune_deployment, serve=serve_deployment)
+    place = Settings().place
+    tune, serve = tune_deployment or f"tune-workspace/{place}", serve_deployment or f"serve-workspace/{place}"
+    deployments = Deployments(tune=tune, serve=serve)
     run([] if all_namespaces else namespace or [], deployments=deployments, liveness=liveness)

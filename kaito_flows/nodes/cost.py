@@ -65,6 +65,20 @@ class NodeCost:
             boot_seconds=self.boot_seconds + max((lease.ready_at - begun).total_seconds(), 0.0),
         )
 
+    def __add__(self, other: NodeCost) -> NodeCost:
+        """The cost of both; the share of training is of neither."""
+        return NodeCost(
+            usd=None if self.usd is None or other.usd is None else self.usd + other.usd,
+            gpu_hours=self.gpu_hours + other.gpu_hours,
+            paid_seconds=self.paid_seconds + other.paid_seconds,
+            boot_seconds=self.boot_seconds + other.boot_seconds,
+        )
+
+    @property
+    def training_seconds(self) -> float:
+        """The paid seconds that were spent in training steps."""
+        return self.paid_seconds * (self.training_share or 0.0)
+
     def trained(self, seconds: float) -> NodeCost:
         """Return the cost with the share of so many seconds of training, those before a checkpoint of it included."""
         share = min(seconds / self.paid_seconds, 1.0) if self.paid_seconds > 0 else None

@@ -33,6 +33,7 @@ from kaito_flows.platforms.rollout import RollOut
 from kaito_flows.reference import Reference
 from kaito_flows.settings import Settings
 from kaito_flows.workspace import Workspace
+from kaito_flows.workspace.spec import GUEST_ANNOTATION
 from kaito_flows.workspace.status import WorkspaceStatus, status_of_resource, status_resource
 
 Object = dict[str, Any]
@@ -97,7 +98,7 @@ class KubernetesPlatform:
                 raise _deleted(workspace.name)
             if found["metadata"]["generation"] != (asked_for.generation or found["metadata"]["generation"]):
                 raise _changed(workspace.name)
-        elif not _same_workspace(found, workspace):
+        elif not _same_workspace(found, workspace) or _guest_of(found) != workspace.guest_of:
             hint = f"kubectl apply the new one, or delete the old: kubectl delete workspace {workspace.name}"
             place = f"Workspace {self.cluster.namespace}/{workspace.name}"
             raise InputError("another one of this name is there", place=place, hint=hint, code="workspace-differs")
@@ -470,6 +471,10 @@ def _same_workspace(found: Object, workspace: Workspace) -> bool:
     again = type(workspace).model_validate({**document, "metadata": {"name": workspace.name}})
     sections = {"resource", "tuning", "inference"}
     return again.model_dump(include=sections) == workspace.model_dump(include=sections)
+
+
+def _guest_of(found: Object) -> str:
+    return str((found["metadata"].get("annotations") or {}).get(GUEST_ANNOTATION, ""))
 
 
 def _deleted(workspace: str) -> RunError:

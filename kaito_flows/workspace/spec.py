@@ -24,6 +24,7 @@ __all__ = [
 
 SERVE_ANNOTATION = "kaito-flows/serve"
 GPUS_ANNOTATION = "kaito-flows/gpus"
+GUEST_ANNOTATION = "kaito-flows/guest-of"
 LOAD_BALANCER_ANNOTATION = "kaito.sh/enablelb"
 
 
@@ -216,6 +217,11 @@ class _WorkspaceBase(_Model):
     def serve(self) -> bool:
         """Whether a tuned adapter is rolled out: yes, unless the annotation `kaito-flows/serve` says "false"."""
         return self.metadata.annotations.get(SERVE_ANNOTATION, "true").lower() != "false"
+
+    @property
+    def guest_of(self) -> str:
+        """The flow run in another cluster for which this is tuned here, "" where none."""
+        return self.metadata.annotations.get(GUEST_ANNOTATION, "")
 
 
 class WorkspaceV1alpha1(_WorkspaceBase):

@@ -121,7 +121,12 @@ def test_the_deletion_of_a_workspace_starts_the_reaper(
 
     monkeypatch.setattr(f"{delete_workspace.fn.__module__}.platform_in", Nothing)
     file = repository_root / "deployments/kubernetes/base/prefect.yaml"
-    environment = {**os.environ, "PREFECT_API_URL": server.api, "KAITO_FLOWS_WORKER_IMAGE": "any"}
+    environment = {
+        **os.environ,
+        "PREFECT_API_URL": server.api,
+        "KAITO_FLOWS_WORKER_IMAGE": "any",
+        "KAITO_FLOWS_PLACE": "kubernetes",
+    }
     prefect = Path(sys.executable).parent / "prefect"
     for _ in range(2):  # as each start of the worker does
         command = [prefect, "--no-prompt", "deploy", "--all", "--prefect-file", file]

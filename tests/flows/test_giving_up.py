@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
+import httpx
 import pytest
 from fake_cloud import SIZE, FakeCloud, FakeCluster
 from prefect.client.schemas.objects import FlowRun
@@ -18,6 +19,7 @@ from kaito_flows.flows.tune_workspace import tune_workspace
 from kaito_flows.nodes import NodeRequest, Offer
 from kaito_flows.nodes.renting import RentedNodes
 from kaito_flows.settings import Settings
+from kaito_flows.workspace.spec import GUEST_ANNOTATION
 
 
 class Platform:
@@ -27,12 +29,17 @@ class Platform:
 
     def __init__(self, fault: Exception | None = None) -> None:
         self.stopped: list[str] = []
+        self.deleted: list[str] = []
         self._fault = fault
 
     def stop_jobs(self, workspace: str) -> list[str]:
         if self._fault:
             raise self._fault
         self.stopped.append(workspace)
+        return []
+
+    def delete(self, workspace: str) -> list[str]:
+        self.deleted.append(workspace)
         return []
 
     def read_status(self, workspace: str) -> None:
@@ -54,9 +61,10 @@ def cancel(cloud: FakeCloud, monkeypatch: pytest.MonkeyPatch) -> Callable[[Platf
     for name in (str(RUN_ID), "other"):
         offers = (Offer(SIZE, 1, price_usd_hour=3.6),)
         nodes.lease(NodeRequest("w", namespace="team", run_id=name, gpus=1, offers=offers), lambda *_: None)
-    parameters: dict[str, Any] = {"workspace": {"metadata": {"name": "w", "namespace": "team"}}}
 
-    def act(platform: Platform) -> None:
+    def act(platform: Platform, **annotations: str) -> None:
+        metadata = {"name": "w", "namespace": "team", "annotations": annotations}
+        parameters: dict[str, Any] = {"workspace": {"metadata": metadata}}
         monkeypatch.setattr(giving_up, "open_nodes", lambda settings: nodes)
         monkeypatch.setattr(giving_up, "open_platform", lambda *_: platform)
         run = FlowRun(id=RUN_ID, flow_id=uuid4(), parameters=parameters)
@@ -83,6 +91,30 @@ def test_nodes_are_given_back_though_the_jobs_cannot_be_stopped(
 ) -> None:
     with pytest.raises(ClusterError):
         cancel(Platform(ClusterError("away")))
+    assert holders(cloud) == ["other"]
+
+
+def test_a_run_elsewhere_is_cancelled_too_and_nodes_are_given_back_though_prefect_does_not_answer(
+    cancel: Callable[[Platform], None], cloud: FakeCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[UUID] = []
+
+    def unreachable(run_id: UUID) -> None:
+        asked.append(run_id)
+        raise httpx.ConnectError("away")
+
+    monkeypatch.setenv("KAITO_FLOWS_ELSEWHERE", "west")
+    monkeypatch.setattr(giving_up, "stop_elsewhere", unreachable)
+    with pytest.raises(httpx.ConnectError):
+        cancel(platform := Platform())
+    assert (asked, platform.deleted) == ([RUN_ID], [])
+    assert holders(cloud) == ["other"]
+
+
+def test_a_guest_leaves_nothing_behind(cancel: Callable[..., None], cloud: FakeCloud) -> None:
+    platform = Platform()
+    cancel(platform, **{GUEST_ANNOTATION: "a run elsewhere"})
+    assert (platform.stopped, platform.deleted) == (["w"], ["w"])
     assert holders(cloud) == ["other"]
 
 

@@ -102,18 +102,6 @@ NOTHING_LEFT = ("before the pool is asked for", "while it is being given back")
 
 
 @pytest.fixture
-def at_azure(azure: Azure, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Azure:
-    """Azure, from which the settings rent, beside a cluster that is reached without its proxy."""
-    host = cluster.connection.server.partition("//")[2].partition(":")[0]
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, f"{os.environ['no_proxy']},{host}")
-    monkeypatch.setenv("KAITO_FLOWS_PLATFORM", "kubernetes")
-    monkeypatch.setenv("KAITO_FLOWS_NODES", "aks")
-    azure.boot_seconds, azure.delete_seconds = 1.0, 0.3
-    return azure
-
-
-@pytest.fixture
 def rented(at_azure: Azure, cluster: Cluster, home: Path, workspaces_crd: str) -> Iterator[Azure]:
     """Azure, whose pools' nodes join the cluster: nodes that nobody runs."""
     azure = at_azure
