@@ -54,7 +54,8 @@ def evaluate(
             stopped = stopped or stop()
             if stopped and not adapted.sharded:
                 break
-            total += loss_sum(adapted.model, batch, masked=adapted.masked).double().cpu()
+            summed = loss_sum(adapted.model, batch, masked=adapted.masked, chunked=not adapted.sharded)
+            total += summed.double().cpu()
             targets += batch.targets
     except (RuntimeError, MemoryError) as exc:
         # Who goes through the model together cannot begin anew alone.
@@ -64,11 +65,11 @@ def evaluate(
         short = ShortOfMemory(str(exc))
     finally:
         adapted.peft.train()
-    summed, counted, stops, shorts = world.totals(float(total), targets, stopped, short is not None)
+    nats, counted, stops, shorts = world.totals(float(total), targets, stopped, short is not None)
     if shorts:
         raise short or ShortOfMemory()
     if stops:
         return None
-    loss = summed / counted
+    loss = nats / counted
     # exp overflows a float above 709.
     return Evaluation(loss, math.exp(min(loss, 700.0)), int(counted))

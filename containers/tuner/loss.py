@@ -1,7 +1,12 @@
-"""The loss: cross-entropy over the tokens that are learned, in float32, summed."""
+"""The loss: cross-entropy over the tokens that are learned, in float32, summed.
+
+Of many targets, logits are made chunk by chunk, and with each chunk's loss its gradient by the hidden states.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,26 +15,53 @@ from torch.nn import functional
 from kaito_flows.containers.tuner.data import Batch
 from kaito_flows.containers.tuner.isolation import document_mask
 
-__all__ = ["loss_sum"]
+__all__ = ["chunk_of", "loss_sum"]
 
 NARROW = 128
 """Up to this many tokens a row, plain attention is faster on CPUs than the flash kernel with its cost per block."""
 
+LOGITS, CHUNK = 2**24, 512
+"""So many logits are in memory at once, or those of so many targets, whichever is more.
 
-def loss_sum(model: Any, batch: Batch, *, masked: bool = False) -> torch.Tensor:
+Fewer save little, and on a CPU cost memory: the C library returns only large blocks at once.
+"""
+
+
+def chunk_of(vocabulary: int) -> int:
+    """Of how many targets logits are in memory at once; `kaito_flows/planning/memory.py` counts on it."""
+    return max(CHUNK, LOGITS // vocabulary)
+
+
+def loss_sum(model: Any, batch: Batch, *, masked: bool = False, chunked: bool = True) -> torch.Tensor:
     """Sum the cross-entropy of each target given what stands before it in its document.
 
     Args:
         model: a causal language model of transformers, with or without adapters.
         batch: rows with at least one target.
         masked: whether the model needs a mask to keep documents apart (`isolation.needs_mask`).
+        chunked: whether logits may be made in chunks. Where processes hold the model together they may not: each call
+            of the model gathers it.
 
-    Logits are made only where a target follows: with a large vocabulary they are most of a small model's work. What the
-    model does with logits (Gemma caps them) it does to these.
+    Logits are made only where a target follows: with a large vocabulary they are most of a small model's work and, in
+    float32 and with their gradient, of its memory. What the model does with logits (Gemma caps them) it does to these.
     """
+    head, base = model.get_output_embeddings(), model.base_model
+    # An adapter on the head itself learns from all logits.
+    chunked = chunked and base is not model and not any(p.requires_grad for p in head.parameters())
+    chunk = chunk_of(head.weight.shape[0])
+    chunked = chunked and batch.targets > chunk
+    kept: list[torch.Tensor] = []
+    outputs: list[Any] = []
 
     def select(_head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (inputs[0].flatten(0, 1).index_select(0, batch.sources)[None],)
+        chosen = inputs[0].flatten(0, 1).index_select(0, batch.sources)
+        if not chunked:
+            return (chosen[None],)
+        kept.append(chosen)
+        return (inputs[0][:1, :1].detach(),)
+
+    def remember(_base: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        outputs.append(output)
 
     embedding = model.get_input_embeddings().weight
     half = embedding.dtype in (torch.bfloat16, torch.float16)
@@ -38,14 +70,75 @@ def loss_sum(model: Any, batch: Batch, *, masked: bool = False) -> torch.Tensor:
         # gradient checkpointing computes attention once more, and in the same way.
         torch.backends.cuda.enable_flash_sdp(batch.input_ids.shape[1] > NARROW)
     mask = document_mask(batch.position_ids, embedding.dtype) if masked else None
-    hook = model.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        with torch.autocast(embedding.device.type, embedding.dtype, enabled=half):
+    with torch.autocast(embedding.device.type, embedding.dtype, enabled=half):
+        with _hooked(head.register_forward_pre_hook(select), base.register_forward_hook(remember)):
             # LoRA's float32 matrices are multiplied in the type of what they are added to.
             # No cache: with one, positions that restart would not keep documents apart.
             output = model(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False
             )
+        if not chunked:
+            return _cross_entropy(output.logits[0], batch.labels)
+
+        def loss_of(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            found = type(outputs[0])(**{**outputs[0], "last_hidden_state": hidden[None]})
+            with _answering(base, found):
+                return _cross_entropy(model(input_ids=batch.input_ids[:1, :1], use_cache=False).logits[0], labels)
+
+        total: torch.Tensor = _InChunks.apply(kept[0], batch.labels, chunk, loss_of)  # type: ignore[no-untyped-call]
+        return total
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+class _InChunks(torch.autograd.Function):
+    """A sum over chunks, with its gradient computed at once: no chunk's logits wait for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        chunk: int,
+        loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        total = torch.zeros((), device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), chunk):
+            part, learned = hidden[start : start + chunk].detach(), labels[start : start + chunk]
+            if gradient is None:
+                total += loss_of(part, learned)
+                continue
+            with torch.enable_grad():
+                loss = loss_of(part.requires_grad_(), learned)
+            (gradient[start : start + chunk],) = torch.autograd.grad(loss, part)
+            total += loss.detach()
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0].to(gradient.dtype), None, None, None
+
+
+@contextmanager
+def _hooked(*hooks: Any) -> Iterator[None]:
+    try:
+        yield
     finally:
-        hook.remove()
-    return functional.cross_entropy(output.logits[0].float(), batch.labels, reduction="sum")
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _answering(base: torch.nn.Module, output: Any) -> Iterator[None]:
+    """Let the base model answer with that, instead of computing anything."""
+    base.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        del base.forward

@@ -14,11 +14,22 @@ from typing import Any
 from kaito_flows.planning.shapes import linear_shapes, lora_parameters
 from kaito_flows.presets.loader import Preset
 
-__all__ = ["BYTES", "FRAGMENTATION", "RUNTIME_BYTES", "MemoryEstimate", "sharded_memory", "tuning_memory"]
+__all__ = [
+    "BYTES",
+    "FRAGMENTATION",
+    "LOGIT_BYTES",
+    "RUNTIME_BYTES",
+    "MemoryEstimate",
+    "sharded_memory",
+    "tokens_with_logits",
+    "tuning_memory",
+]
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # bitsandbytes: one absmax for 64 weights, in float32; with double quantisation in 8 bits, with a float32 for each 256.
 BLOCK, NESTED_BLOCK = 64, 256
+# A logit in the model's type, in float32, its gradient in both: measured 12.0 (benchmarks/tuner/logits.py).
+LOGIT_BYTES = 12
 # An adapter's parameter in float32: itself, its gradient, and AdamW's two moments.
 ADAPTER_BYTES = 16
 # CUDA context, cuBLAS workspaces and the libraries' own buffers. On a CPU, what Python and its libraries take (a run
@@ -63,8 +74,7 @@ def tuning_memory(preset: Preset, config: Mapping[str, Any], method: str) -> Mem
     activations = _activations(
         preset, tokens, arguments["max_length"], recompute=arguments["gradient_checkpointing"], eager=eager
     )
-    # Logits go to float32 for the loss, and their gradient is as large.
-    logits = tokens * shape.vocab_size * 4 * 2
+    logits = min(tokens, tokens_with_logits(shape.vocab_size)) * shape.vocab_size * LOGIT_BYTES
     # A 4-bit matrix is expanded for each product; the largest one counts, and its gradient's transposed copy.
     largest = max(i * o for name, (i, o) in linear_shapes(shape).items() if name in preset.linear_modules)
     expanded = 2 * largest * BYTES[config["ModelConfig"]["torch_dtype"]] if method == "qlora" else 0
@@ -78,18 +88,27 @@ def tuning_memory(preset: Preset, config: Mapping[str, Any], method: str) -> Mem
     )
 
 
+def tokens_with_logits(vocabulary: int) -> int:
+    """Of how many tokens the tuner has logits in memory at once, as its `loss.py` says."""
+    return max(512, 2**24 // vocabulary)
+
+
 def sharded_memory(
     preset: Preset, config: Mapping[str, Any], estimate: MemoryEstimate, processes: int
 ) -> MemoryEstimate:
     """Return what each of several GPUs takes with the base model divided among them by PyTorch's FSDP2.
 
     Beside its part, a GPU holds what is gathered: embedding, head and norms throughout, and two blocks, the one that
-    computes and the one that is fetched ahead. The adapter is whole on each.
+    computes and the one that is fetched ahead. The adapter is whole on each, and logits are made all at once.
     """
     whole, parameters = BYTES[config["ModelConfig"]["torch_dtype"]], preset.parameters
+    arguments, shape = config["TrainingArguments"], preset.architecture
+    logits = arguments["per_device_train_batch_size"] * arguments["max_length"] * shape.vocab_size * LOGIT_BYTES
+    overhead = estimate.overhead + int(FRAGMENTATION * (logits - estimate.logits))
     block = parameters.linear * whole // preset.architecture.layers
     gathered = (parameters.total - parameters.linear) * whole + 2 * block
-    return replace(estimate, weights=parameters.total * whole // processes + gathered)
+    weights = parameters.total * whole // processes + gathered
+    return replace(estimate, weights=weights, logits=logits, overhead=overhead)
 
 
 def _weights(preset: Preset, config: Mapping[str, Any], method: str) -> int:

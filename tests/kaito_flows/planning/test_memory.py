@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from kaito_flows.containers.tuner.loss import chunk_of
 from kaito_flows.errors import PlanError
-from kaito_flows.planning.memory import MemoryEstimate, sharded_memory, tuning_memory
+from kaito_flows.planning.memory import MemoryEstimate, sharded_memory, tokens_with_logits, tuning_memory
 from kaito_flows.planning.shapes import lora_parameters
 from kaito_flows.presets.loader import load_preset, load_presets
 
@@ -30,8 +31,14 @@ def test_phi3_in_nf4_takes_what_was_derived_for_it(config: Config) -> None:
 def test_a_token_without_recompute_takes_four_megabytes(config: Config) -> None:
     made = estimate(config, gradient_checkpointing=False, max_length=1000)
     assert made.activations / 1000 / 1e6 == pytest.approx(4.06, abs=0.01)
-    # fp32 logits and their gradient, 0.128 MB each
-    assert made.logits / 1000 / 1e6 == pytest.approx(2 * 0.128, abs=0.001)
+
+
+def test_no_more_logits_are_counted_than_the_tuner_makes_at_once(config: Config) -> None:
+    # In bfloat16 and in float32, with gradients in both: 12 bytes for each of 32 064 words.
+    assert estimate(config, max_length=100).logits / 100 == 12 * 32_064
+    assert estimate(config, max_length=1000).logits == estimate(config, max_length=8000).logits == 523 * 12 * 32_064
+    for vocabulary in (500, 32_064, 32_768, 128_256, 256_000):
+        assert tokens_with_logits(vocabulary) == chunk_of(vocabulary) >= 512
 
 
 def test_a_token_with_recompute_keeps_the_boundaries_and_one_block(config: Config) -> None:
@@ -72,7 +79,8 @@ def test_divided_among_gpus_each_holds_its_part_and_what_is_gathered(config: Con
     eight = sharded_memory(preset, resolved, whole, 8)
     gathered = 2 * (preset.parameters.total - preset.parameters.linear) + 2 * 2 * preset.parameters.linear / 32
     assert eight.weights == pytest.approx(whole.weights / 8 + gathered, abs=10)
-    assert (eight.adapter, eight.activations, eight.logits) == (whole.adapter, whole.activations, whole.logits)
+    assert (eight.adapter, eight.activations) == (whole.adapter, whole.activations)
+    assert eight.logits == whole.logits * resolved["TrainingArguments"]["max_length"] / 523, "of all tokens at once"
 
 
 def test_fewer_targets_take_less(config: Config) -> None:
