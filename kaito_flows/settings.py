@@ -82,7 +82,7 @@ class Settings(BaseSettings):
         gt=0,
         description="What a run's nodes may cost; the annotation kaito-flows/max-cost-usd is for a Workspace.",
     )
-    lease_minutes: float = Field(60.0, ge=5, description="How long a node stays when its run gives no sign of life.")
+    lease_minutes: float = Field(60.0, ge=5, description="How long a lease of rented nodes lasts at first.")
     grace_seconds: float = Field(
         0.0, ge=0, description="How long a node is kept for the Workspace's next run, when one has succeeded."
     )

@@ -15,6 +15,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run as current_run
+from prefect.settings import get_current_settings
 
 from kaito_flows.errors import BudgetError, KaitoFlowsError, LeaseLostError, SchedulingError
 from kaito_flows.nodes import NodeLease, NodeProvider, NodeRequest
@@ -262,7 +263,7 @@ class Tenancy:
             try:
                 if self._budget is not None and self._cost_now() > self._budget:
                     self._spend_no_more()
-                renewed = self._nodes.renew(lease)
+                renewed = self._nodes.renew(lease, followed=get_current_settings().api.url is not None)
             except KaitoFlowsError as exc:
                 log(f"the lease is not renewed: {exc}", warning=True)
                 continue

@@ -11,6 +11,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
 
+from kaito_flows.nodes.reaping import RunState
 from kaito_flows.tasks.progress import log
 
 # How many runs Prefect's API tells of at once, and how often it is asked again before it counts as away.
@@ -18,15 +19,15 @@ _PAGE = 200
 _RETRIES = 2
 
 
-def run_states(ids: Iterable[str]) -> dict[str, str] | None:
-    """Return the type of each run's state (`RUNNING`), by id, without those that Prefect does not know.
+def run_states(ids: Iterable[str]) -> dict[str, RunState] | None:
+    """Return each run's state, by id, without those that Prefect does not know.
 
     None: Prefect does not answer, or no server is named (PREFECT_API_URL).
     """
     if get_current_settings().api.url is None:
         return None
     asked = sorted({found for id_ in ids if (found := _uuid(id_))}, key=str)
-    states: dict[str, str] = {}
+    states: dict[str, RunState] = {}
     if not asked:
         return states
     try:
@@ -34,7 +35,8 @@ def run_states(ids: Iterable[str]) -> dict[str, str] | None:
             for start in range(0, len(asked), _PAGE):
                 wanted = FlowRunFilter(id=FlowRunFilterId(any_=asked[start : start + _PAGE]))
                 for run in client.read_flow_runs(flow_run_filter=wanted, limit=_PAGE):
-                    states[str(run.id)] = run.state.type.value if run.state else "SCHEDULED"
+                    if run.state is not None:
+                        states[str(run.id)] = RunState(run.state.type.value, run.state.timestamp)
     except (httpx.HTTPError, PrefectException, RuntimeError) as exc:
         log(f"Prefect does not answer: {exc}", warning=True)
         return None

@@ -261,6 +261,7 @@ class Azure:
         }
 
     def _say(self, pool: _Pool, state: str) -> None:
+        """Have a pool in a state; with each it gets another ETag, as AKS is recorded to do (2026-07-01)."""
         pool.body["properties"]["provisioningState"] = state
         pool.version += 1
         self.on_change(pool.body["name"], state)

@@ -26,6 +26,7 @@ START = datetime(2001, 1, 1, 12, 0, tzinfo=UTC)
 class FakeCloud:
     """Pools in a dict. A new one is `ready` at once, or `creating` until `settle`; a deleted one goes at `settle`."""
 
+    throttles = False
     look_seconds = 0.0
 
     def __init__(self, kind: str = "karpenter", *, now: datetime = START, boots_at_once: bool = True) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from kaito_flows.nodes.aks import AksPools
 from kaito_flows.nodes.base import NodeRequest, Offer
 from kaito_flows.nodes.pools import LeaseRecord, Pool
 from kaito_flows.oci.images import build_image, open_repository
@@ -62,9 +63,10 @@ class SimulatedCloud:
     """Pools in memory, whose nodes boot for a while. `Cloud` says what each method promises."""
 
     kind = "aks"
-    look_seconds = 60.0
+    throttles = True
 
     def __init__(self, minutes: Minutes, clock: Clock) -> None:
+        self.look_seconds = AksPools.look_seconds * minutes.scale / 60
         self._minutes, self._clock = minutes, clock
         self._pools: dict[str, tuple[Pool, float]] = {}
         self.calls: list[str] = []
@@ -74,8 +76,8 @@ class SimulatedCloud:
         return datetime.now(UTC)
 
     def against(self, offers: Sequence[Offer], count: int) -> Mapping[Offer, str]:
-        """Nothing speaks against any offer; two calls, as AKS takes."""
-        self.calls += ["list sizes", "list usages"]
+        """Nothing speaks against any offer; three calls, as AKS takes."""
+        self.calls += ["read cluster", "list sizes", "list usages"]
         return {}
 
     def pools(self) -> list[Pool]:

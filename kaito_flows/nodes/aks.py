@@ -1,9 +1,10 @@
 """Nodes from AKS: an agent pool for each lease, in the cluster that the flows run in.
 
-    create: PUT, only if there is none ─► look: GET, each minute ─► mark: PUT of the tags, if unchanged ─► delete
+    create: PUT, only if there is none ─► look: GET ─► mark: PUT of the tags, if unchanged ─► delete
 
-No long-running operation is waited for: the agent pool says itself how far it is, and to a run that comes again just
-as well.
+An ETag changes when an operation begins, and again when it ends: what AKS answers to a PUT cannot be written to later,
+and each mark takes a GET before it. No long-running operation is waited for: the agent pool says itself how far it is,
+and to a run that comes again just as well.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class AksPools:
     """The agent pools of one AKS cluster, as `kaito_flows.nodes.pools.Cloud` has them."""
 
     kind = "aks"
-    look_seconds = 60.0
+    throttles = True
+    look_seconds = 120.0
 
     def __init__(self, arm: Arm, spot_max_price: float = -1.0) -> None:
         self._arm = arm

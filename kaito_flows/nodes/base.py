@@ -149,8 +149,12 @@ class NodeProvider(Protocol):
         """
         ...
 
-    def renew(self, lease: NodeLease) -> NodeLease:
-        """Extend the lease, whose run lives, if half of it has passed.
+    def renew(self, lease: NodeLease, *, followed: bool = False) -> NodeLease:
+        """Extend the lease, whose run lives, if it ends soon.
+
+        Args:
+            lease: the run's.
+            followed: whether the reaper's Prefect knows the run and hears of its end. Then the lease may be a long one.
 
         Raises:
             LeaseLostError: it is no longer the run's.

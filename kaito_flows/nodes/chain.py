@@ -46,9 +46,9 @@ class Chain:
                 tell("moving on", {"offer": name, "code": exc.code, "reason": exc.message})
         raise _all_of(errors)
 
-    def renew(self, lease: NodeLease) -> NodeLease:
+    def renew(self, lease: NodeLease, *, followed: bool = False) -> NodeLease:
         """By the provider that leased it."""
-        return self._providers[lease.provider].renew(lease)
+        return self._providers[lease.provider].renew(lease, followed=followed)
 
     def alive(self, lease: NodeLease) -> bool:
         """By the provider that leased it."""

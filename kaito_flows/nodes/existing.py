@@ -44,7 +44,7 @@ class ExistingNodes:
         ready = {name_of(node) for node in self._cluster.list("Node") if is_ready(node)}
         return not ready.isdisjoint(lease.nodes)
 
-    def renew(self, lease: NodeLease) -> NodeLease:
+    def renew(self, lease: NodeLease, *, followed: bool = False) -> NodeLease:
         """Own nodes stay."""
         return lease
 

@@ -45,6 +45,7 @@ class NodeClaims:
     """
 
     kind = "karpenter"
+    throttles = False
     look_seconds = 5.0
 
     def __init__(self, cluster: Cluster, settings: Settings) -> None:

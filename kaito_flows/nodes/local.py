@@ -27,7 +27,7 @@ class LocalNodes:
         """It is: this runs on it."""
         return True
 
-    def renew(self, lease: NodeLease) -> NodeLease:
+    def renew(self, lease: NodeLease, *, followed: bool = False) -> NodeLease:
         """It needs no extension."""
         return lease
 

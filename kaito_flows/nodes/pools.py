@@ -104,8 +104,11 @@ class Cloud(Protocol):
     kind: str
     """`aks`, `karpenter`."""
 
+    throttles: bool
+    """Whether who asks often is kept waiting: then a pool is looked at ever more rarely, and leases last longer."""
+
     look_seconds: float
-    """How often `look` may be called while a pool is being made: what it costs of the cloud's limits."""
+    """How long a pool that is being made is left alone before `look` is called."""
 
     def now(self) -> datetime:
         """The cloud's time: this machine's clock may be wrong."""

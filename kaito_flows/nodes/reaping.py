@@ -1,11 +1,11 @@
 """Which rented pools must go, and why: decided from what the cloud, Prefect and the cluster say; nothing is asked here.
 
-    leased ── its run is over ──────────────────────────────► goes
-      │  └── its lease has run out, and its run is not seen ► goes; RUNNING, or Prefect silent: one more term before
-    kept ──── its time has run out, its Workspace is gone ──► goes
+    leased ── its run is over, or has not gone on for a term ► goes
+      │  └── its lease has run out, and its run is not seen ─► goes; RUNNING, or Prefect silent: one more term before
+    kept ──── its time has run out, its Workspace is gone ───► goes
     serving ─ its service is gone, or elsewhere ─────────────► then as a leased one
 
-Times are the cloud's: this machine's clock plays no part.
+Times are the cloud's, and Prefect's of its runs: this machine's clock plays no part.
 """
 
 from __future__ import annotations
@@ -28,15 +28,23 @@ _OVER = {"COMPLETED": "has completed", "FAILED": "has failed", "CANCELLED": "was
 
 
 @dataclass(frozen=True, slots=True)
+class RunState:
+    """The type of a flow run's state, as Prefect writes it (`RUNNING`), and since when it has it."""
+
+    type: str
+    since: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Known:
     """What Prefect and the cluster say of those who hold pools.
 
-    `runs` has the type of each run's state, as Prefect writes it (`RUNNING`), by id; None: Prefect does not answer.
+    `runs` has the state of each run that Prefect knows, by id; None: Prefect does not answer.
     `uses` says by a serving pool's name where the Workspace's service is, `forgotten` names the kept pools whose
     Workspace is no longer there.
     """
 
-    runs: Mapping[str, str] | None
+    runs: Mapping[str, RunState] | None
     uses: Mapping[str, Use] = field(default_factory=dict)
     forgotten: frozenset[str] = frozenset()
 
@@ -53,7 +61,7 @@ class Verdict:
 def decide(pools: Sequence[Pool], known: Known, *, now: datetime, owner: str, term: timedelta) -> list[Verdict]:
     """Return a verdict for each pool of the installation `owner`; others' pools are not spoken of.
 
-    `now` is the cloud's time, `term` how long a lease lasts when it is renewed.
+    `now` is the cloud's time, `term` how much longer than its lease a pool stays whose run may be at work.
     """
     return [_decide(pool, known, now, term) for pool in pools if pool.record.owner == owner]
 
@@ -74,12 +82,16 @@ def _leased(pool: Pool, known: Known, now: datetime, term: timedelta) -> Verdict
     record = pool.record
     if record.state == "leased" and known.uses.get(pool.name) == "here":
         return Verdict(pool, "keep", "its Workspace's service runs there")
+    run = (known.runs or {}).get(record.holder.run_id)
     # A run that Prefect does not know has no state: it was started elsewhere, or has been removed there.
-    state = None if known.runs is None else known.runs.get(record.holder.run_id, "")
+    state = None if known.runs is None else run.type if run else ""
     if state in _OVER:
         failed = f"; the pool failed: {pool.reason or pool.code}" if pool.state == "failed" else ""
         return Verdict(pool, "remove", f"its run {_OVER[state]}{failed}")
     said = _of_run(state)
+    # Its lease may be a long one, but who does not go on has no use for nodes.
+    if run is not None and state != "RUNNING" and (idle := now - run.since) >= term:
+        return Verdict(pool, "remove", f"{said}: it has not gone on for {duration(idle.total_seconds())}")
     late = now - record.expires_at
     if late < timedelta(0):
         return Verdict(pool, "keep", f"leased for {duration(-late.total_seconds())} more; {said}")

@@ -29,6 +29,9 @@ from kaito_flows.settings import Settings
 _NODE_SECONDS = 3.0
 _BUSY_SECONDS = 20.0
 _CAPACITY_SECONDS = 60.0
+# What a renewal adds where the cloud throttles: so many times as long as the nodes have been had, and a day at most.
+_GROWTH = 5
+_LONGEST_TERM = timedelta(days=1)
 # For what no waiting helps.
 _HOPELESS = ("size-not-offered", "size-not-allowed")
 
@@ -196,18 +199,20 @@ class RentedNodes:
     def _await_ready(self, pool: Pool, offer: Offer, request: NodeRequest, tell: Tell, stop: Event) -> list[Object]:
         """Wait until the pool's nodes can take a job; return them.
 
-        The cluster is asked often, which costs nothing; the cloud rarely: it counts.
+        The cluster is asked often, which costs nothing; a cloud that throttles ever more rarely.
         """
         started = time.monotonic()
         looked_at, told = started, ""
+        look_seconds = self.cloud.look_seconds
         labels = self.cloud.node_labels(pool.name)
         while True:
             nodes = self._cluster.list("Node", labels=labels)
             waits = waits_for(nodes, request.count, offer.instance_type, offer.gpus if request.gpus else 0)
             if not waits:
                 return nodes
-            if time.monotonic() - looked_at >= self.cloud.look_seconds:
+            if time.monotonic() - looked_at >= look_seconds:
                 looked_at = time.monotonic()
+                look_seconds *= 2 if self.cloud.throttles else 1
                 pool = self._still(pool, self.cloud.look(pool.name))
             reason = waits if nodes or not pool.reason else f"{waits}: {pool.reason}"
             if reason != told:
@@ -231,20 +236,21 @@ class RentedNodes:
 
     # --- while it is held ---------------------------------------------------------------------------------------------
 
-    def renew(self, lease: NodeLease) -> NodeLease:
+    def renew(self, lease: NodeLease, *, followed: bool = False) -> NodeLease:
         """As `NodeProvider.renew`."""
         for name in tuple(self._left):
             self._clear(name, lambda *_: None)
         now = self.cloud.now()
-        if lease.expires_at is None or lease.expires_at - now > self._term / 2:
+        if lease.expires_at is None or lease.expires_at - now > self._term / 4:
             return lease
         pool = self.cloud.look(lease.name)
         if pool is None or pool.state == "deleting":
             raise LeaseLostError("the pool is gone", place=lease.name)
-        if pool.record.holder.run_id != lease.run_id or pool.record.state != "leased":
+        record = pool.record
+        if (record.owner, record.holder.run_id, record.state) != (self._settings.owner, lease.run_id, "leased"):
             raise LeaseLostError("the pool is no longer this run's", place=lease.name)
-        expires = now + self._term
-        self.cloud.mark(pool, replace(pool.record, expires_at=expires))
+        expires = now + (self._next_term(now - record.created_at) if followed else self._term)
+        self.cloud.mark(pool, replace(record, expires_at=expires))
         return replace(lease, expires_at=expires)
 
     def alive(self, lease: NodeLease) -> bool:
@@ -332,6 +338,14 @@ class RentedNodes:
     @property
     def _term(self) -> timedelta:
         return timedelta(minutes=self._settings.lease_minutes)
+
+    def _next_term(self, held: timedelta) -> timedelta:
+        """How long the lease lasts from a renewal on, of nodes that were asked for so long ago.
+
+        A lease of a day is renewed twice. It may then last long after its run, and decides only where Prefect is gone:
+        of a run that is over, or does not go on, the reaper removes the nodes however long their lease is.
+        """
+        return max(self._term, min(_GROWTH * held, _LONGEST_TERM)) if self.cloud.throttles else self._term
 
 
 def _pause(seconds: float, stop: Event) -> None:

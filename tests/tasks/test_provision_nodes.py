@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -224,6 +225,25 @@ def test_a_lease_is_renewed_as_long_as_the_run_lives(monkeypatch: pytest.MonkeyP
     run(cloud, body)
     assert expiries == [True, True]
     assert not [thread for thread in threading.enumerate() if thread.name == "lease-keeper" and thread.is_alive()]
+
+
+@pytest.mark.parametrize("url", ["http://prefect/api", None])
+def test_a_lease_is_a_long_one_only_where_the_reaper_hears_of_the_run(
+    monkeypatch: pytest.MonkeyPatch, url: str | None
+) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(module, "RENEW_SECONDS", 0.01)
+    monkeypatch.setattr(module, "get_current_settings", lambda: SimpleNamespace(api=SimpleNamespace(url=url)))
+    monkeypatch.setattr(RentedNodes, "renew", lambda _, lease, *, followed: told.append(followed) or lease)
+
+    def body(tenancy: Tenancy) -> None:
+        tenancy.lease()
+        deadline = time.monotonic() + 5
+        while not told and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    run(FakeCloud(), body)
+    assert set(told) == {url is not None}
 
 
 def test_a_deletion_that_fails_is_made_again_and_one_that_keeps_failing_fails_no_run() -> None:

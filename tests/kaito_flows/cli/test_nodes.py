@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
-from fake_cloud import SIZE, FakeCloud, FakeCluster
+from fake_cloud import SIZE, START, FakeCloud, FakeCluster
 
 from kaito_flows.cli import output
 from kaito_flows.cli.app import main
@@ -17,12 +17,15 @@ from kaito_flows.cluster.gateway import Cluster
 from kaito_flows.errors import CloudError
 from kaito_flows.nodes import opening
 from kaito_flows.nodes.base import Offer
+from kaito_flows.nodes.reaping import RunState
 from kaito_flows.nodes.renting import RentedNodes
 from kaito_flows.platforms.kubernetes import KubernetesPlatform
 from kaito_flows.settings import Settings
 from kaito_flows.tasks import reap as reaping
 
 Run = Callable[..., tuple[int, str, str]]
+
+FAILED, RUNNING = RunState("FAILED", START), RunState("RUNNING", START)
 
 
 @pytest.fixture
@@ -124,7 +127,7 @@ def test_everything_fits_80_columns(kaito_flows: Run, cloud: FakeCloud, monkeypa
 
 @pytest.mark.usefixtures("renting")
 def test_reaping_says_what_became_of_each(kaito_flows: Run, cloud: FakeCloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reaping, "run_states", lambda ids: {"over": "FAILED", "works": "RUNNING"})
+    monkeypatch.setattr(reaping, "run_states", lambda ids: {"over": FAILED, "works": RUNNING})
     cloud.add("kf1", "over", age=20)
     cloud.add("kf2", "works", age=10)
     planned = kaito_flows("nodes", "reap", "--dry-run")
@@ -154,7 +157,7 @@ def test_without_prefect_only_what_is_long_out_of_its_lease_is_reaped(
 def test_what_cannot_be_reaped_is_one_line_and_an_exit_code(
     kaito_flows: Run, cloud: FakeCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reaping, "run_states", lambda ids: {"over": "FAILED"})
+    monkeypatch.setattr(reaping, "run_states", lambda ids: {"over": FAILED})
     cloud.add("kf1", "over")
     cloud.faults["delete"] = [CloudError("HTTP 503")]
     code, said, complaint = kaito_flows("nodes", "reap")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from arm import Azure, Failure
 from arm_fixtures import A100, A100_FAMILY, T4, PoolNodes, SteadyClock
 from arm_proxy import Fault
 
-from kaito_flows.errors import CloudError, SchedulingError
+from kaito_flows.errors import CloudError, LeaseLostError, SchedulingError
 from kaito_flows.nodes import NodeLease, NodeRequest, Offer
 from kaito_flows.nodes.aks import AksPools
+from kaito_flows.nodes.pools import LeaseRecord
 from kaito_flows.nodes.renting import RentedNodes
 from kaito_flows.settings import Settings
 
@@ -59,8 +61,16 @@ def lease(nodes: RentedNodes, request: NodeRequest, told: Told, steady: SteadyCl
     return nodes.lease(request, told, steady)  # type: ignore[arg-type]
 
 
+def keep(nodes: RentedNodes, found: NodeLease, steady: SteadyClock, hours: float) -> NodeLease:
+    """Let so many hours pass, and renew the lease as a run does: it looks each half minute."""
+    for _ in range(round(hours * 120)):
+        steady.sleep(30)
+        found = nodes.renew(found, followed=True)
+    return found
+
+
 def test_a_lease_from_check_to_release(rent: Rent, azure: Azure, told: Told, steady: SteadyClock) -> None:
-    """With a node that boots for four minutes, at most twelve requests to ARM."""
+    """With a node that boots for four minutes, eight requests to ARM."""
     nodes = rent()
     assert nodes.check(REQUEST) == {}
     found = lease(nodes, REQUEST, told, steady)
@@ -73,22 +83,107 @@ def test_a_lease_from_check_to_release(rent: Rent, azure: Azure, told: Told, ste
     assert nodes.alive(found)
     for _ in range(60):  # twenty minutes of training
         steady.sleep(20)
-        found = nodes.renew(found)
+        found = nodes.renew(found, followed=True)
     nodes.release(REQUEST.holder)
     assert azure.names() == []
-    assert azure.count() <= 12, azure.calls
+    assert azure.count() == 8, azure.calls
 
 
-def test_a_lease_is_extended_while_its_run_lives(rent: Rent, azure: Azure, told: Told, steady: SteadyClock) -> None:
-    nodes = rent(lease_minutes=10, node_ready_seconds=300)
+@pytest.mark.parametrize(("hours", "limit"), [(1, 10), (6, 12), (24, 12), (72, 16)])
+def test_a_lease_of_a_day_takes_twelve_requests_and_each_day_more_two(
+    hours: float, limit: int, rent: Rent, azure: Azure, told: Told, steady: SteadyClock
+) -> None:
+    azure.update_seconds = 20
+    nodes = rent()
+    nodes.check(REQUEST)
+    keep(nodes, lease(nodes, REQUEST, told, steady), steady, hours)
+    nodes.release(REQUEST.holder)
+    assert azure.names() == []
+    assert azure.count() <= limit, azure.calls
+
+
+def test_a_lease_never_ends_while_its_run_lives_and_outlives_it_by_no_more_than_is_said(
+    rent: Rent, azure: Azure, told: Told, steady: SteadyClock
+) -> None:
+    azure.update_seconds = 20
+    nodes = rent()
     found = lease(nodes, REQUEST, told, steady)
-    for _ in range(60):
-        steady.sleep(60)
-        found = nodes.renew(found)
-        (pool,) = nodes.pools()
-        assert pool.record.expires_at == found.expires_at
+    for _ in range(40 * 60):
+        before = found
+        found = keep(nodes, found, steady, 1 / 60)
+        assert found.created_at is not None
         assert found.expires_at is not None
-        assert 5 <= (found.expires_at - nodes.cloud.now()).total_seconds() / 60 <= 10
+        left, held = found.expires_at - nodes.cloud.now(), nodes.cloud.now() - found.created_at
+        assert left >= timedelta(minutes=14)
+        assert left <= max(timedelta(hours=1), min(5 * held, timedelta(days=1)))
+        if found != before:
+            tags = azure.pools[found.name].body["properties"]["tags"]
+            record = LeaseRecord.from_tags(tags)
+            assert record is not None
+            assert record.expires_at == found.expires_at.replace(microsecond=0)
+
+
+def test_a_renewal_that_fails_is_made_again_before_the_lease_ends(
+    rent: Rent, azure: Azure, told: Told, steady: SteadyClock
+) -> None:
+    nodes = rent()
+    found = lease(nodes, REQUEST, told, steady)
+    steady.sleep(45 * 60)
+    fault = Fault("PUT", 500, "InternalServerError", times=30)
+    azure.faults = [fault]
+    failed = 0
+    while fault.times:
+        try:
+            found = keep(nodes, found, steady, 1 / 120)
+        except CloudError:
+            failed += 1
+    assert failed
+    found = keep(nodes, found, steady, 1 / 120)
+    assert found.expires_at is not None
+    assert found.expires_at - nodes.cloud.now() > timedelta(hours=3)
+
+
+def test_a_run_that_comes_again_renews_with_one_request_that_reads_and_one_that_writes(
+    rent: Rent, azure: Azure, told: Told, steady: SteadyClock
+) -> None:
+    azure.update_seconds = 20
+    lease(rent(), REQUEST, told, steady)
+    steady.sleep(50 * 60)
+    nodes = rent()
+    found = lease(nodes, REQUEST, told, steady)
+    asked = len(azure.calls)
+    assert nodes.renew(found) != found
+    assert [method for method, _ in azure.calls[asked:]] == ["GET", "PUT"]
+
+
+def test_a_renewal_leaves_what_others_have_changed_meanwhile(
+    rent: Rent, azure: Azure, told: Told, steady: SteadyClock
+) -> None:
+    azure.update_seconds = 20
+    nodes = rent()
+    found = keep(nodes, lease(nodes, REQUEST, told, steady), steady, 1)
+    tags = azure.pools[found.name].body["properties"]["tags"]
+    azure.change(found.name, count=2, tags={**tags, "cost-center": "42"})
+    renewed = keep(nodes, found, steady, 4)
+    assert renewed.expires_at is not None
+    assert found.expires_at is not None
+    assert renewed.expires_at > found.expires_at
+    properties = azure.pools[found.name].body["properties"]
+    assert (properties["count"], properties["tags"]["cost-center"]) == (2, "42")
+
+
+@pytest.mark.parametrize("change", [{"run": "run-2"}, {"state": "serving"}, {"owner": "another"}])
+def test_a_renewal_leaves_a_pool_that_is_no_longer_its_runs(
+    change: dict[str, str], rent: Rent, azure: Azure, told: Told, steady: SteadyClock
+) -> None:
+    nodes = rent()
+    found = keep(nodes, lease(nodes, REQUEST, told, steady), steady, 1)
+    tags = azure.pools[found.name].body["properties"]["tags"]
+    theirs = {**tags, **{f"kaito-flows-{key}": value for key, value in change.items()}}
+    azure.change(found.name, tags=theirs)
+    with pytest.raises(LeaseLostError):
+        keep(nodes, found, steady, 4)
+    assert azure.pools[found.name].body["properties"]["tags"] == theirs
 
 
 def test_waits_are_told_with_their_reason(rent: Rent, told: Told, steady: SteadyClock) -> None:

@@ -8,7 +8,7 @@ import pytest
 from fake_cloud import FakeCloud
 
 from kaito_flows.nodes.pools import Pool
-from kaito_flows.nodes.reaping import Known, Use, Verdict, decide
+from kaito_flows.nodes.reaping import Known, RunState, Use, Verdict, decide
 
 TERM = timedelta(minutes=60)
 
@@ -23,9 +23,10 @@ def verdict(cloud: FakeCloud, pool: Pool, known: Known) -> Verdict:
     return found
 
 
-def run_is(state: str | None, **more: object) -> Known:
-    """What is known when Prefect says that of the run `r`: a state, "" for no such run, None for no answer."""
-    runs = None if state is None else {"r": state} if state else {}
+def run_is(state: str | None, minutes: float = 0, **more: object) -> Known:
+    """What is known when Prefect says that of the run `r`, for so long: "" for no such run, None for no answer."""
+    since = FakeCloud().time - timedelta(minutes=minutes)
+    runs = None if state is None else {"r": RunState(state, since)} if state else {}
     return Known(runs, **more)  # type: ignore[arg-type]
 
 
@@ -34,8 +35,24 @@ def run_is(state: str | None, **more: object) -> Known:
     [("COMPLETED", "has completed"), ("FAILED", "has failed"), ("CANCELLED", "was cancelled")],
 )
 def test_a_leased_pool_goes_when_its_run_is_over(cloud: FakeCloud, state: str, why: str) -> None:
-    found = verdict(cloud, cloud.add("p", "r"), run_is(state))
-    assert (found.action, found.reason) == ("remove", f"its run {why}")
+    for left in (50, 24 * 60):
+        found = verdict(cloud, cloud.add("p", "r", left=left), run_is(state))
+        assert (found.action, found.reason) == ("remove", f"its run {why}"), "however long its lease still lasts"
+
+
+@pytest.mark.parametrize("state", ["CRASHED", "SCHEDULED", "PENDING", "PAUSED", "CANCELLING"])
+def test_a_leased_pool_goes_when_its_run_has_not_gone_on_for_a_term_however_long_its_lease(
+    cloud: FakeCloud, state: str
+) -> None:
+    pool = cloud.add("p", "r", left=20 * 60)
+    assert verdict(cloud, pool, run_is(state, minutes=59)).action == "keep"
+    found = verdict(cloud, pool, run_is(state, minutes=61))
+    assert found.action == "remove"
+    assert found.reason.startswith("its run ") and found.reason.endswith(": it has not gone on for 1h")
+
+
+def test_a_leased_pool_stays_as_long_as_its_run_runs_and_its_lease_lasts(cloud: FakeCloud) -> None:
+    assert verdict(cloud, cloud.add("p", "r", left=20), run_is("RUNNING", minutes=3000)).action == "keep"
 
 
 @pytest.mark.parametrize("state", ["RUNNING", "PENDING", "SCHEDULED", "PAUSED", "CANCELLING", "CRASHED", "", None])

@@ -265,11 +265,11 @@ def test_of_two_runs_that_want_a_kept_node_one_gets_it() -> None:
     assert lost.name != first.name
 
 
-def test_a_lease_is_renewed_when_half_of_it_has_passed_and_not_before() -> None:
+def test_a_lease_is_renewed_when_a_quarter_of_the_first_is_left_and_not_before() -> None:
     cloud = FakeCloud()
     nodes = rented(cloud)
     held = lease(nodes, request())
-    cloud.advance(minutes=29)
+    cloud.advance(minutes=44)
     assert nodes.renew(held) is held
     cloud.advance(minutes=2)
     renewed = nodes.renew(held)
@@ -277,11 +277,87 @@ def test_a_lease_is_renewed_when_half_of_it_has_passed_and_not_before() -> None:
     assert cloud.there[held.name].record.expires_at == renewed.expires_at
 
 
+@pytest.mark.parametrize(
+    ("throttles", "lease_minutes", "held_minutes", "lasts_minutes"),
+    [
+        (False, 60, 3000, 60),
+        (True, 60, 46, 5 * 46),
+        (True, 60, 255, 5 * 255),
+        (True, 60, 500, 24 * 60),
+        (True, 10, 25, 5 * 25),
+        (True, 300, 226, 5 * 226),
+        (True, 2000, 1600, 2000),
+    ],
+)
+def test_a_renewal_adds_five_times_what_was_held_where_the_cloud_throttles_and_a_day_at_most(
+    throttles: bool, lease_minutes: float, held_minutes: float, lasts_minutes: float
+) -> None:
+    cloud = FakeCloud()
+    cloud.throttles = throttles
+    nodes = rented(cloud, lease_minutes=lease_minutes)
+    held = lease(nodes, request())
+    cloud.advance(minutes=held_minutes)
+    assert nodes.renew(held, followed=True).expires_at - cloud.now() == timedelta(minutes=lasts_minutes)
+
+
+def test_a_run_that_the_reaper_hears_nothing_of_keeps_short_leases() -> None:
+    cloud = FakeCloud()
+    cloud.throttles = True
+    nodes = rented(cloud)
+    held = lease(nodes, request())
+    cloud.advance(minutes=500)
+    assert nodes.renew(held).expires_at - cloud.now() == timedelta(hours=1)
+
+
+def test_a_run_that_comes_again_goes_on_from_how_long_its_nodes_are_there() -> None:
+    cloud = FakeCloud()
+    cloud.throttles = True
+    lease(rented(cloud), request())
+    cloud.advance(minutes=50)
+    nodes = rented(cloud)
+    renewed = nodes.renew(lease(nodes, request()), followed=True)
+    assert renewed.expires_at - cloud.now() == timedelta(minutes=250)
+
+
+def test_a_cloud_that_throttles_is_looked_at_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at = {}
+    for throttles in (True, False):
+        cloud = FakeCloud(boots_at_once=False)
+        cloud.throttles, cloud.look_seconds = throttles, 120
+        clock, at = Clock(), []
+        look = cloud.look
+        monkeypatch.setattr(renting, "time", clock)
+        monkeypatch.setattr(cloud, "look", lambda name: (at.append(clock.minutes), look(name))[1])  # noqa: B023
+        monkeypatch.setattr(renting, "_NODE_SECONDS", 3.0)
+        with pytest.raises(SchedulingError, match="node-not-ready"):
+            rented(cloud, node_ready_seconds=1200).lease(request(FIRST), lambda *_: None, clock)  # type: ignore[arg-type]
+        looked_at[throttles] = at[:-1]  # the last is made to clear up
+    assert looked_at == {True: [2, 6, 14], False: list(range(2, 21, 2))}
+
+
+class Clock:
+    """Time that passes when somebody waits; also an event that nobody sets."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @property
+    def minutes(self) -> float:
+        return self.seconds / 60
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+    def wait(self, seconds: float) -> bool:
+        self.seconds += seconds
+        return False
+
+
 def test_a_lease_that_was_taken_away_cannot_be_renewed() -> None:
     cloud = FakeCloud()
     nodes = rented(cloud)
     held = lease(nodes, request())
-    cloud.advance(minutes=40)
+    cloud.advance(minutes=50)
     nodes.release(Holder("team", "w"))
     with pytest.raises(LeaseLostError):
         nodes.renew(held)
@@ -293,7 +369,7 @@ def test_a_pool_of_another_run_is_not_renewed() -> None:
     held = lease(nodes, request())
     nodes.release(Holder("team", "w", "run-1"), keep=True)
     lease(nodes, request(run="run-2"))
-    cloud.advance(minutes=40)
+    cloud.advance(minutes=50)
     with pytest.raises(LeaseLostError):
         nodes.renew(held)
 
