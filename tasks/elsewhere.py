@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from uuid import UUID
 
@@ -29,7 +29,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.runtime import flow_run as current_run
 from prefect.runtime import task_run as current_task
 from prefect.states import Cancelled, Cancelling
@@ -119,7 +119,9 @@ class _Guest:
             try:
                 return self._await(client, run, check)
             except (KaitoFlowsError, KeyboardInterrupt):
-                _stop(client, client.read_flow_run(run.id))
+                # What went wrong first is what counts.
+                with suppress(httpx.HTTPError, PrefectException):
+                    _stop(client, client.read_flow_run(run.id))
                 raise
 
     def _begin(self, client: SyncPrefectClient) -> FlowRun:

@@ -9,6 +9,7 @@ from typing import Any
 
 from kaito_flows.errors import Fault, WorkspaceError
 from kaito_flows.workspace import parse_workspace
+from kaito_flows.workspace.spec import GUEST_ANNOTATION
 from kaito_flows.workspace.validation import placeholders
 
 PREFIX = "kaito-flows/"
@@ -17,7 +18,9 @@ PAUSE = PREFIX + "pause"
 RERUN = PREFIX + "rerun"
 TAG = "kaito"
 
-_LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
+# What says whose guest a Workspace is comes from the run that it is for, and from nobody who may only write Workspaces:
+# a guest has another namespace's Secrets.
+_LEFT_OUT = {"kubectl.kubernetes.io/last-applied-configuration", GUEST_ANNOTATION}
 _LONGEST_MESSAGE = 1024  # of a condition, and of an Event
 
 Body = Mapping[str, Any]
@@ -89,10 +92,10 @@ def essence(body: Body) -> dict[str, Any]:
 
 
 def parameter(body: Body) -> dict[str, Any]:
-    """The flow parameter `workspace`: the object, without what only the API server needs."""
+    """The flow parameter `workspace`: the object, without what only the API server needs, or nobody may claim."""
     metadata = body["metadata"]
     kept = {key: metadata[key] for key in ("name", "namespace", "uid", "generation", "labels") if metadata.get(key)}
-    annotations = {k: v for k, v in (metadata.get("annotations") or {}).items() if k != _LAST_APPLIED}
+    annotations = {k: v for k, v in (metadata.get("annotations") or {}).items() if k not in _LEFT_OUT}
     if annotations:
         kept["annotations"] = annotations
     spec = {key: body[key] for key in ("resource", "tuning", "inference") if body.get(key) is not None}

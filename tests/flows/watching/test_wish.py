@@ -102,6 +102,19 @@ def test_the_parameter_is_the_object_without_what_is_the_servers(body: dict[str,
     assert not parse_workspace(made, "kubernetes").workspace.serve
 
 
+def test_nobody_who_writes_a_workspace_makes_it_another_run_s_guest(body: dict[str, Any]) -> None:
+    body["metadata"]["annotations"]["kaito-flows/guest-of"] = "a run elsewhere"
+    assert parameter(body)["metadata"]["annotations"] == {"kaito-flows/serve": "false"}
+
+
+def test_a_run_in_another_place_does_what_is_wished_as_long_as_this_one_does(body: dict[str, Any]) -> None:
+    wish = Wish.of(body)
+    for key in (f"{wish.key}:elsewhere-west-1", f"{wish.key}:resumed-1:elsewhere-west-1"):
+        assert wish.owns(key) and wish.is_for(key)
+    older = Wish.of({**body, "metadata": {**body["metadata"], "generation": 2}})
+    assert wish.owns(f"{older.key}:elsewhere-west-1") and not wish.is_for(f"{older.key}:elsewhere-west-1")
+
+
 def test_a_config_map_is_the_runs_to_look_for(body: dict[str, Any]) -> None:
     assert faults_of(body) == ()
 
