@@ -23,6 +23,7 @@ import httpx
 from prefect import tags
 from prefect.exceptions import PrefectException
 from prefect.settings import (
+    PREFECT_API_REQUEST_TIMEOUT,
     PREFECT_CLIENT_MAX_RETRIES,
     PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
     get_current_settings,
@@ -50,9 +51,11 @@ _SECONDS_TO_STOP = 10.0
 _SECONDS_TO_STOP_BEFORE_DELETION = 6.0
 
 # A request that fails is made again by the watcher, with a condition that says so; Prefect's client would be silent for
-# a minute. And a deletion whose watcher is killed is to be seen as crashed.
+# a minute, and wait for an answer as long: a deletion has half of that. And a deletion whose watcher is killed is to be
+# seen as crashed.
 _PREFECT: dict[Any, Any] = {
     PREFECT_CLIENT_MAX_RETRIES: 0,
+    PREFECT_API_REQUEST_TIMEOUT: 10.0,
     PREFECT_FLOWS_HEARTBEAT_FREQUENCY: int(HEARTBEAT.total_seconds()),
 }
 

@@ -230,7 +230,8 @@ def test_a_workspace_that_is_applied_is_tuned_served_and_gone_when_it_is_deleted
     spot.kubectl("apply", "-f", "-", stdin=document)
     assert len(runs(api, spot, NAME)) == 1
     begun = time.monotonic()
-    spot.kubectl("delete", "workspace", NAME, "--timeout=60s")
+    deleted = spot.kubectl.run("delete", "workspace", NAME, "--timeout=60s")
+    assert deleted.returncode == 0, spot.kubectl.run("logs", "deployment/kaito-flows-watcher", "--tail=40").stdout
     kinds = "jobs,deployments,services,pods,configmaps"
     eventually(
         lambda: not spot.kubectl.get(kinds, "--selector", f"kaito.sh/workspace={NAME}")["items"], 30, "gone with all"
