@@ -142,6 +142,8 @@ def tune_workspace(
                 tenancy.give_back()
                 cost = tune_elsewhere(workspace, training_config, places, exc, platform, settings.pending_seconds)
                 tenancy.add_cost(cost)
+                status.set(RESOURCE_READY, "True", "workspaceResourceStatusSuccess", "tuned in another place")
+                status.set(JOB_STARTED, "True", "WorkspaceTuningJobStatusStarted")
                 adapter = tune(plan, dataset, tenancy, workspace, platform, on_lease)
                 adapter = replace(adapter, reused=False, training_seconds=cost.training_seconds)
             if adapter.reused:

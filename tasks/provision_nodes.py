@@ -263,7 +263,7 @@ class Tenancy:
             try:
                 if self._budget is not None and self._cost_now() > self._budget:
                     self._spend_no_more()
-                renewed = self._nodes.renew(lease, followed=get_current_settings().api.url is not None)
+                renewed = self._nodes.renew(lease, followed=_is_followed())
             except KaitoFlowsError as exc:
                 log(f"the lease is not renewed: {exc}", warning=True)
                 continue
@@ -314,6 +314,12 @@ def node_request(
         offers=offers_of(workspace, plan, settings),
         disk_bytes=plan.disk_bytes if plan else 0,
     )
+
+
+def _is_followed() -> bool:
+    """Whether a Prefect server that outlives this process hears of its end, however it ends."""
+    prefect = get_current_settings()
+    return prefect.api.url is not None and prefect.flows.heartbeat_frequency is not None
 
 
 def _told(what: str, facts: dict[str, Any]) -> None:

@@ -375,3 +375,5 @@ def _quiet_prefect() -> None:
     # The run's log goes to Prefect's server as always; the terminal has its own view of the run.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    # As workers have it: at Prefect's 180 s, the automation that finds runs without a heartbeat would find this one.
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")

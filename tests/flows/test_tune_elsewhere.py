@@ -93,6 +93,9 @@ def test_what_no_node_can_be_had_for_here_is_tuned_in_the_next_place_that_has_on
     assert facts["metrics"]["evaluation"]["after"]["loss"] < facts["metrics"]["evaluation"]["before"]["loss"]
     status = place.kubectl.get("workspace", "roaming")["status"]
     assert status["state"] == "Succeeded"
+    conditions = {c["type"]: (c["status"], c["message"]) for c in status["conditions"]}
+    assert conditions["ResourceReady"] == ("True", "tuned in another place")
+    assert conditions["JobStarted"][0] == "True"
     # It was another run's, in the other place alone, and nothing of it is left there.
     [guest] = guests(facts["flow_run_id"])
     assert guest.state.name == "Completed"

@@ -227,13 +227,14 @@ def test_a_lease_is_renewed_as_long_as_the_run_lives(monkeypatch: pytest.MonkeyP
     assert not [thread for thread in threading.enumerate() if thread.name == "lease-keeper" and thread.is_alive()]
 
 
-@pytest.mark.parametrize("url", ["http://prefect/api", None])
+@pytest.mark.parametrize(("url", "heartbeat"), [("http://prefect/api", 30), (None, 30), ("http://prefect/api", None)])
 def test_a_lease_is_a_long_one_only_where_the_reaper_hears_of_the_run(
-    monkeypatch: pytest.MonkeyPatch, url: str | None
+    monkeypatch: pytest.MonkeyPatch, url: str | None, heartbeat: int | None
 ) -> None:
     told: list[bool] = []
     monkeypatch.setattr(module, "RENEW_SECONDS", 0.01)
-    monkeypatch.setattr(module, "get_current_settings", lambda: SimpleNamespace(api=SimpleNamespace(url=url)))
+    prefect = SimpleNamespace(api=SimpleNamespace(url=url), flows=SimpleNamespace(heartbeat_frequency=heartbeat))
+    monkeypatch.setattr(module, "get_current_settings", lambda: prefect)
     monkeypatch.setattr(RentedNodes, "renew", lambda _, lease, *, followed: told.append(followed) or lease)
 
     def body(tenancy: Tenancy) -> None:
@@ -243,7 +244,7 @@ def test_a_lease_is_a_long_one_only_where_the_reaper_hears_of_the_run(
             time.sleep(0.01)
 
     run(FakeCloud(), body)
-    assert set(told) == {url is not None}
+    assert set(told) == {url is not None and heartbeat is not None}
 
 
 def test_a_deletion_that_fails_is_made_again_and_one_that_keeps_failing_fails_no_run() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -16,6 +17,7 @@ import httpx
 import pytest
 
 from kaito_flows import __version__
+from kaito_flows.cli.app import _quiet_prefect
 
 MakeWorkspace = Callable[..., Path]
 CONDITIONS = ("ResourceReady", "JobStarted", "InferenceReady", "WorkspaceSucceeded")
@@ -330,3 +332,14 @@ def test_after_ctrl_c_the_next_tune_goes_on_from_the_checkpoint(interrupted: Any
     assert re.search(r"^tune +step 900/900 ", done.stdout, re.MULTILINE)
     assert "chat " not in done.stdout
     assert command.processes() == []
+
+
+def test_a_run_in_a_terminal_gives_the_signs_of_life_that_the_automations_wait_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from kaito_flows.flows.automations import HEARTBEAT
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", environment := {})
+        _quiet_prefect()
+    assert float(environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]) == HEARTBEAT.total_seconds()
