@@ -85,7 +85,6 @@ def follow(cluster: Cluster, pod: str, container: str, *, on_line: Callable[[Log
     """Hand over each line; `Cluster.follow_logs` says how."""
     told = _Told(since)
     backoff = Backoff(cluster.connection.patience_seconds)
-    refused = False
     while True:
         began, lines = time.monotonic(), _lines(cluster, pod, container, told, follow=True)
         failure: Exception | None = None
@@ -93,45 +92,38 @@ def follow(cluster: Cluster, pod: str, container: str, *, on_line: Callable[[Log
             # What `on_line` raises is the caller's: only the reading is tried again.
             try:
                 line = next(lines, None)
-            except MissingError:
-                return
-            except (httpx.TransportError, Busy, InputError) as exc:
+            # A kubelet that has not heard of the pod yet says that there is none, too.
+            except (httpx.TransportError, Busy, InputError, MissingError) as exc:
                 failure = exc
                 continue
             if line is None:
                 break
             backoff.reset()
             on_line(line)
-        not_yet = _says_not_yet(failure, backoff)
+        _raise_what_stays_refused(failure, backoff)
         if time.monotonic() - began > _STEADY_SECONDS:
             backoff.reset()
         found = cluster.get("Pod", pod)
-        if found is None:
-            return
-        if _is_overdue(found):
+        if found is None or _is_overdue(found):
             return
         if has_ended(found, container):
             _hand_over_the_rest(cluster, pod, container, told, on_line)
             return
-        if not_yet and not refused:
-            if not _wait_until_started(cluster, pod, container):
-                return
-        else:
+        if _has_started(found, container):
             backoff.wait(failure, str(failure or "the log ended before the container") or type(failure).__name__)
-        refused = not_yet and not refused
+        elif not _wait_until_started(cluster, pod, container):
+            return
 
 
-def _says_not_yet(failure: Exception | None, backoff: Backoff) -> bool:
-    """Whether the API server refused because the container has not started; raise what it refused for good."""
-    if not isinstance(failure, InputError):
-        return False
+def _raise_what_stays_refused(failure: Exception | None, backoff: Backoff) -> None:
+    """Raise what another try does not mend: no right to it, or no such container; not that it has yet to start."""
     if isinstance(failure, AccessError):
         if not backoff.in_doubt:
             raise failure
-        return False
-    if "is not valid for pod" in failure.message or "must be specified" in failure.message:
+    elif isinstance(failure, InputError) and any(
+        text in failure.message for text in ("is not valid for pod", "must be specified")
+    ):
         raise failure
-    return True
 
 
 def read(cluster: Cluster, pod: str, container: str, *, tail: int, previous: bool) -> str:
@@ -175,13 +167,18 @@ def _state(pod: Object, container: str) -> Object:
     return {}
 
 
+def _has_started(pod: Object, container: str) -> bool:
+    """Whether the container (the pod's first, if none is named) has written a log, or may have."""
+    state = _state(pod, container or pod["spec"]["containers"][0]["name"])
+    return not state.keys().isdisjoint(("running", "terminated"))
+
+
 def _wait_until_started(cluster: Cluster, pod: str, container: str) -> bool:
     """Wait until the container writes a log, or never will; return whether the pod is still there."""
     for event, found in cluster.watch("Pod", name=pod, tell_absent=True):
         if event in ("DELETED", "ABSENT"):
             return False
-        name = container or found["spec"]["containers"][0]["name"]
-        if has_ended(found, name) or not _state(found, name).keys().isdisjoint(("running", "terminated")):
+        if has_ended(found, container) or _has_started(found, container):
             return True
     return False
 
@@ -196,9 +193,11 @@ def _hand_over_the_rest(
             for line in _lines(cluster, pod, container, told, follow=False):
                 on_line(line)
             return
-        except (MissingError, InputError):
+        except InputError:
             return
-        except (httpx.TransportError, Busy) as exc:
+        except (httpx.TransportError, Busy, MissingError) as exc:
+            if isinstance(exc, MissingError) and cluster.get("Pod", pod) is None:
+                return
             with suppress(ClusterError):
                 backoff.wait(exc, str(exc))
                 continue

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 from cluster_fixtures import Proxy
 
+from kaito_flows.cluster.connection import Connection
 from kaito_flows.cluster.gateway import Cluster
 from kaito_flows.cluster.logs import LogLine, _nanoseconds, _Told
 from kaito_flows.errors import InputError
@@ -96,6 +99,54 @@ def test_a_container_that_has_not_started_is_waited_for_without_polling(space: C
     own.follow_logs("waits", on_line=lines.append)
     assert texts(lines) == ["started"]
     assert len(asked) < 10
+
+
+def test_a_kubelet_that_has_not_heard_of_the_pod_yet_is_asked_again() -> None:
+    """What a 1.20 kubelet said of a pod in the moment after it was bound, for the log; it is listed all the while."""
+    said = "the server could not find the requested resource ( pods/log waits)"
+    unknown = httpx.Response(404, json={"kind": "Status", "message": said, "reason": "NotFound", "code": 404})
+    log = httpx.Response(200, text="2026-11-26T05:30:00.5Z started\n")
+    logs = [unknown, log, unknown, log]
+
+    def pod(version: str, **state: Any) -> dict[str, Any]:
+        statuses = [{"name": "main", "state": state}]
+        spec = {"containers": [{"name": "main"}], "restartPolicy": "Never"}
+        metadata = {"name": "waits", "uid": "1", "resourceVersion": version}
+        return {"kind": "Pod", "metadata": metadata, "spec": spec, "status": {"containerStatuses": statuses}}
+
+    running, ended = pod("2", running={}), pod("3", terminated={"exitCode": 0})
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/log"):
+            return logs.pop(0)
+        if "watch" in request.url.params:
+            return httpx.Response(200, text=json.dumps({"type": "MODIFIED", "object": running}) + "\n")
+        waiting = pod("1", waiting={"reason": "ContainerCreating"})
+        if request.url.path.endswith("/waits"):
+            return httpx.Response(200, json=waiting if len(logs) == 3 else ended)
+        return httpx.Response(200, json={"items": [waiting], "metadata": {"resourceVersion": "1"}})
+
+    http = httpx.Client(base_url="https://server", transport=httpx.MockTransport(answer))
+    lines: list[LogLine] = []
+    Cluster(Connection("https://server", http, False, None, 1.0), "n").follow_logs("waits", on_line=lines.append)
+    assert texts(lines) == ["started"]
+    assert not logs
+
+
+@cluster_only
+def test_a_pod_that_has_no_node_for_longer_than_patience_is_waited_for(space: Cluster, make_pod: Make) -> None:
+    space.create(make_pod("nowhere", "echo here", spec={"nodeSelector": {"there": "is-none"}}))
+    lines: list[LogLine] = []
+    follower = threading.Thread(
+        target=lambda: space.patient(2).follow_logs("nowhere", on_line=lines.append), daemon=True
+    )
+    follower.start()
+    follower.join(8)
+    assert follower.is_alive()
+    space.delete("Pod", "nowhere", grace_seconds=0)
+    follower.join(30)
+    assert not follower.is_alive()
+    assert lines == []
 
 
 @cluster_only
