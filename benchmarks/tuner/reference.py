@@ -102,7 +102,8 @@ def _furthest(trial: Trial, network: Any, root: Path) -> float:
     split = data.load_dataset(root / "mnt/data").train
     worst = 0.0
     for first in range(0, min(SAMPLED_ROWS, len(split)), trial.rows):
-        batch = split.batch(torch.arange(first, min(first + trial.rows, len(split))), adapted.device)
+        rows = torch.arange(first, min(first + trial.rows, len(split)))
+        batch = split.batch(rows, adapted.device, flat=adapted.flat)
         document = (batch.position_ids == 0).flatten().cumsum(0)
         for number in document[batch.sources].unique().tolist():
             own = document[batch.sources] == number

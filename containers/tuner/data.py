@@ -18,6 +18,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 
+from kaito_flows.containers.tuner.attention import Documents, to_device
 from kaito_flows.containers.tuner.portion import Portion
 from kaito_flows.errors import DatasetError, disk_errors
 from kaito_flows.oci.images import Image, extract
@@ -33,7 +34,8 @@ _DIGEST = ".digest"
 class Batch:
     """Rows for one micro-step.
 
-    `input_ids` and `position_ids` are int64 `[rows, length]`. Each of the `labels` (int64 `[targets]`) is predicted
+    `input_ids` and `position_ids` are int64 `[rows, length]`; when there is but one row, without padding, `documents`
+    may say where they lie in it. Each of the `labels` (int64 `[targets]`) is predicted
     from the token at its place in `sources` (int64 `[targets]`, counted through the flattened rows). `tokens` counts
     those that are not padding.
     """
@@ -43,6 +45,7 @@ class Batch:
     sources: torch.Tensor
     labels: torch.Tensor
     tokens: int
+    documents: Documents | None = None
 
     @property
     def targets(self) -> int:
@@ -68,8 +71,10 @@ class Split:
         real = torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]
         return int(((self.position_ids == 0) & real).sum(1).max())
 
-    def batch(self, rows: torch.Tensor, device: torch.device, part: int = 0, parts: int = 1) -> Batch:
-        """Return the documents of these rows on the device, laid out anew so that training on them costs least.
+    def batch(
+        self, rows: torch.Tensor, device: torch.device, part: int = 0, parts: int = 1, *, flat: bool = False
+    ) -> Batch:
+        """Return the documents of these rows on the device: in one row, if `flat`, or laid out so that it costs least.
 
         Documents do not see each other, so where they lie makes no difference to what is learned. With several parts,
         only the documents of one of them, which are about as long as those of each other.
@@ -81,6 +86,18 @@ class Split:
             chosen = torch.tensor(divide(sizes.tolist(), parts)) == part
             kept = chosen.repeat_interleave(sizes)
             ids, mask, positions, sizes = ids[kept], mask[kept], positions[kept], sizes[chosen]
+        # A document's first token has nothing before it.
+        is_target = (mask != 0) & (positions != 0)
+        labels = to_device(ids[is_target], device)
+        if flat:
+            return Batch(
+                input_ids=to_device(ids[None], device),
+                position_ids=to_device(positions[None], device),
+                sources=to_device(is_target.nonzero()[:, 0] - 1, device),
+                labels=labels,
+                tokens=len(ids),
+                documents=Documents(sizes.tolist(), device),
+            )
         width, used, places = lay_out(sizes.tolist(), self.input_ids.shape[1])
         at = torch.tensor(places).repeat_interleave(sizes) + positions
         # What no document fills is a document of its own.
@@ -88,18 +105,16 @@ class Split:
         new_positions[at] = positions
         new_ids = torch.zeros_like(new_positions)
         new_ids[at] = ids
-        # A document's first token has nothing before it.
-        is_target = (mask != 0) & (positions != 0)
         return Batch(
-            input_ids=_on(new_ids.view(-1, width), device),
-            position_ids=_on(new_positions.view(-1, width), device),
-            sources=_on(at[is_target] - 1, device),
-            labels=_on(ids[is_target], device),
+            input_ids=to_device(new_ids.view(-1, width), device),
+            position_ids=to_device(new_positions.view(-1, width), device),
+            sources=to_device(at[is_target] - 1, device),
+            labels=labels,
             tokens=len(ids),
         )
 
     def batches(
-        self, rows: torch.Tensor, portion: Portion, device: torch.device, *, at_least: int = 0
+        self, rows: torch.Tensor, portion: Portion, device: torch.device, *, flat: bool = False, at_least: int = 0
     ) -> Iterator[Batch]:
         """Yield the rows, a portion at a time, in their order; then batches without targets, up to `at_least` in all.
 
@@ -108,13 +123,13 @@ class Split:
         for start in range(0, len(rows), portion.rows):
             chunk = rows[start : start + portion.rows]
             if portion.parts == 1:
-                yield self.batch(chunk, device)
+                yield self.batch(chunk, device, flat=flat)
                 continue
             parts = min(portion.parts, int((self.position_ids[chunk, : int(self.lengths[chunk])] == 0).sum()))
-            batches = (self.batch(chunk, device, part, parts) for part in range(parts))
+            batches = (self.batch(chunk, device, part, parts, flat=flat) for part in range(parts))
             yield from (batch for batch in batches if batch.targets)
         for _ in range(-(-len(rows) // portion.rows), at_least):
-            some = self.batch(torch.tensor([0]), device)
+            some = self.batch(torch.tensor([0]), device, flat=flat)
             yield replace(some, sources=some.sources[:0], labels=some.labels[:0], tokens=0)
 
     def check_against(self, vocabulary: int, context: int | None, *, place: str) -> None:
@@ -149,11 +164,6 @@ def divide(sizes: Sequence[int], parts: int) -> list[int]:
         where[document] = filled.index(min(filled))
         filled[where[document]] += sizes[document]
     return where
-
-
-def _on(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    # From pinned memory, the copy waits for its turn on the GPU while the next batch is laid out here.
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @dataclass(frozen=True, slots=True)

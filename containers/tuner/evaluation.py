@@ -33,7 +33,7 @@ def batches_of(adapted: Adapted, split: Split, rows: torch.Tensor, portion: Port
     Processes that hold the base model together go through it together: each yields as many batches as the others.
     """
     rounds = -(-world.largest_share(len(rows)) // portion.rows) if adapted.sharded else 0
-    return split.batches(world.share(rows), portion, adapted.device, at_least=rounds)
+    return split.batches(world.share(rows), portion, adapted.device, flat=adapted.flat, at_least=rounds)
 
 
 @torch.no_grad()

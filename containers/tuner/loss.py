@@ -17,9 +17,6 @@ from kaito_flows.containers.tuner.isolation import document_mask
 
 __all__ = ["chunk_of", "loss_sum"]
 
-NARROW = 128
-"""Up to this many tokens a row, plain attention is faster on CPUs than the flash kernel with its cost per block."""
-
 LOGITS, CHUNK = 2**24, 512
 """So many logits are in memory at once, or those of so many targets, whichever is more.
 
@@ -65,18 +62,16 @@ def loss_sum(model: Any, batch: Batch, *, masked: bool = False, chunked: bool = 
 
     embedding = model.get_input_embeddings().weight
     half = embedding.dtype in (torch.bfloat16, torch.float16)
-    if embedding.device.type == "cpu":
-        # For GPUs by its name, this chooses for CPUs too. It stays as it is until after the backward pass, in which
-        # gradient checkpointing computes attention once more, and in the same way.
-        torch.backends.cuda.enable_flash_sdp(batch.input_ids.shape[1] > NARROW)
-    mask = document_mask(batch.position_ids, embedding.dtype) if masked else None
+    isolated: dict[str, Any] = {}
+    if batch.documents:
+        isolated = batch.documents.arguments(embedding.dtype)
+    elif masked:
+        isolated = {"attention_mask": document_mask(batch.position_ids, embedding.dtype)}
     with torch.autocast(embedding.device.type, embedding.dtype, enabled=half):
         with _hooked(head.register_forward_pre_hook(select), base.register_forward_hook(remember)):
             # LoRA's float32 matrices are multiplied in the type of what they are added to.
             # No cache: with one, positions that restart would not keep documents apart.
-            output = model(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False
-            )
+            output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **isolated)
         if not chunked:
             return _cross_entropy(output.logits[0], batch.labels)
 

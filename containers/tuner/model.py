@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from kaito_flows.containers.tuner.image import AdapterFiles
-from kaito_flows.containers.tuner.isolation import needs_mask
+from kaito_flows.containers.tuner.isolation import Isolation, choose_isolation
 from kaito_flows.containers.tuner.job import CONFIG_NAME, LoraConfig, QuantizationConfig, TrainingConfig
 from kaito_flows.containers.tuner.memory import is_out_of_memory
 from kaito_flows.containers.tuner.world import ALONE
@@ -34,8 +34,8 @@ class Adapted:
     """A model with adapters.
 
     `model` is the causal language model with the adapters in it, `peft` is PEFT's wrapper of it, `parameters` are those
-    that are trained (float32), by name, `matched` are the modules that each target found, and `masked` says whether the
-    model needs a mask to keep documents in one row apart. When it is `sharded`, each process holds a part of the base.
+    that are trained (float32), by name, `matched` are the modules that each target found, and `isolation` says how
+    documents in one row are kept apart. When it is `sharded`, each process holds a part of the base.
     `best` is what the parameters were at the best evaluation, on the host, where that is to be known.
     """
 
@@ -43,10 +43,20 @@ class Adapted:
     peft: Any
     parameters: dict[str, nn.Parameter]
     matched: dict[str, tuple[str, ...]]
-    masked: bool
+    isolation: Isolation
     device: torch.device
     sharded: bool = False
     best: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def flat(self) -> bool:
+        """Whether the model takes all documents of a batch in one row."""
+        return self.isolation == "documents"
+
+    @property
+    def masked(self) -> bool:
+        """Whether the model must be given a mask."""
+        return self.isolation == "mask"
 
     def keep_as_best(self) -> None:
         """Remember the parameters as they are now."""
@@ -136,7 +146,7 @@ def adapt(model: Any, model_id: str, config: TrainingConfig) -> Adapted:
     """
     lora = config.LoraConfig
     matched = {target: _matches(model, target) for target in sorted(set(lora.target_modules))}
-    masked = needs_mask(model, model_id)
+    isolation = choose_isolation(model, model_id)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if config.TrainingArguments.gradient_checkpointing:
@@ -150,7 +160,7 @@ def adapt(model: Any, model_id: str, config: TrainingConfig) -> Adapted:
     for parameter in parameters.values():
         parameter.data = parameter.data.float()
     return Adapted(
-        wrapper.get_base_model(), wrapper, parameters, matched, masked, next(iter(parameters.values())).device
+        wrapper.get_base_model(), wrapper, parameters, matched, isolation, next(iter(parameters.values())).device
     )
 
 

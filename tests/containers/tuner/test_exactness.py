@@ -102,7 +102,7 @@ def test_each_sample_has_the_loss_and_the_gradients_that_it_has_alone(
     rows = [0, 5, 6]
     expected = {tuple(d.ids[0].tolist()): d for d in documents(dataset.train, rows)}
     seen = 0
-    for tokens, sample in samples(dataset.train.batch(torch.tensor(rows), CPU)):
+    for tokens, sample in samples(dataset.train.batch(torch.tensor(rows), CPU, flat=adapted.flat)):
         losses, gradients = [], []
         for loss in (loss_sum(adapted.model, sample, masked=adapted.masked), alone(adapted.model, expected[tokens])):
             loss.backward()

@@ -18,7 +18,7 @@ from torch.nn import functional
 from kaito_flows.containers.tuner import checkpoint
 from kaito_flows.containers.tuner.data import Dataset, Split
 from kaito_flows.containers.tuner.evaluation import evaluate
-from kaito_flows.containers.tuner.isolation import document_mask, needs_mask
+from kaito_flows.containers.tuner.isolation import choose_isolation, document_mask
 from kaito_flows.containers.tuner.loss import loss_sum
 from kaito_flows.containers.tuner.memory import is_out_of_memory
 from kaito_flows.containers.tuner.portion import Portion
@@ -58,10 +58,17 @@ def test_packed_documents_do_not_see_each_other_and_only_answers_are_learned(
     model = make_model(kind, attn_implementation="eager" if kind == "gemma2" else attention, **changed).eval()
     rows = [0, 5, 6, 11]
     with torch.no_grad():
-        masked = needs_mask(model, kind)
-        packed = float(loss_sum(model, dataset.train.batch(torch.tensor(rows), CPU), masked=masked))
-    # Falcon needed one up to transformers 5.23.
-    assert not masked or kind == "falcon"
+        isolation = choose_isolation(model, kind)
+        batch = dataset.train.batch(torch.tensor(rows), CPU, flat=isolation == "documents")
+        packed = float(loss_sum(model, batch, masked=isolation == "mask"))
+    if kind == "falcon":  # It has an attention of its own; up to transformers 5.23 it needed a mask.
+        assert isolation != "documents"
+    else:
+        assert isolation == ("documents" if attention == "sdpa" and kind != "gemma2" else "positions")
+        # Rows that were laid out are right too.
+        with torch.no_grad():
+            rowwise = float(loss_sum(model, dataset.train.batch(torch.tensor(rows), CPU)))
+        assert rowwise == pytest.approx(packed, rel=1e-5)
     assert packed == pytest.approx(reference_loss(model, dataset.train, rows), rel=1e-5)
 
 
