@@ -99,6 +99,8 @@ def sentence(event: Event) -> str:
             return f"checkpoint at step {event['step']}"
         case "out-of-memory":
             return f"out of memory in {event['of']} at step {event['step']}: it goes on with {event['at_once']} at once"
+        case "recompute-all":
+            return f"out of memory in training at step {event['step']}: from now on all activations are computed again"
         case "stopped-early":
             return (
                 f"stopped after step {event['step']} of {event['total']}: "

@@ -126,6 +126,8 @@ def job_of(
         "output": repository.reference(tag),
         "shard": plan.shard,
     }
+    if plan.memory.kept_block:
+        arguments["memory"] = {"needed": plan.memory.needed, "kept_block": plan.memory.kept_block}
     if platform.kind == "kubernetes":
         # A pod's folder goes with the pod: what it would go on from lies in the registry.
         arguments["checkpoints"] = repository.reference(f"checkpoint-{plan.identity[:12]}")

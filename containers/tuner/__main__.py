@@ -93,6 +93,7 @@ def _tune(job: TunerJob, config: TrainingConfig, world: World) -> dict[str, Any]
 def _train_and_publish(
     job: TunerJob, config: TrainingConfig, world: World, shipping: Shipping | None
 ) -> dict[str, Any]:
+    from kaito_flows.containers.tuner import recompute
     from kaito_flows.containers.tuner.gauges import peaks, process_seconds
 
     timings: dict[str, float] = {}
@@ -112,6 +113,8 @@ def _train_and_publish(
         dataset = data.load_dataset(job.data)
     with _stage("load the model", timings):
         adapted = _load_model(job, config, dataset, world)
+    if config.TrainingArguments.gradient_checkpointing:
+        timings["blocks_recomputed"] = recompute.recomputed(adapted.model)
     timings["peak_host_bytes_loading"] = peaks(world.device)["peak_host_bytes"]
     with _stage("train", timings):
         from kaito_flows.containers.tuner import model, outcome, training
@@ -170,9 +173,10 @@ def _tell_samples(adapted: Adapted, job: TunerJob) -> None:
 
 
 def _load_model(job: TunerJob, config: TrainingConfig, dataset: Dataset, world: World) -> Adapted:
-    from kaito_flows.containers.tuner import model
+    from kaito_flows.containers.tuner import model, recompute
 
     _check_weights(job.weights)
+    free = recompute.free_bytes(world.device)
     sharded = job.shard and world.size > 1
     # What does not fit one GPU is divided on its way there.
     base = model.load_base(job.weights, config, "cpu" if sharded else str(world.device))
@@ -182,6 +186,8 @@ def _load_model(job: TunerJob, config: TrainingConfig, dataset: Dataset, world: 
             split.check_against(vocabulary, model.context_length(base), place=f"{name}.safetensors")
     adapted = model.adapt(base, job.model.id, config)
     if not sharded:
+        if job.memory and free is not None and config.TrainingArguments.gradient_checkpointing:
+            recompute.keep_what_fits(adapted.model, job.memory, free)
         return adapted
     from kaito_flows.containers.tuner.sharding import shard
 

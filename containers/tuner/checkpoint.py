@@ -43,7 +43,7 @@ class State:
     `tokens` (without padding) and `targets` were seen so far; `window_loss` and `window_targets` are sums since the
     last logged step; `history` has every logged step and evaluation; `seconds` were spent in steps; `first_losses` and
     `recent_losses` are what `divergence` compares. `portion` and `evaluation_portion` are what went through the device
-    at once, where that was not what the config says.
+    at once, where that was not what the config says; `recompute_all` says that memory thought to be left was not.
     """
 
     identity: str
@@ -60,6 +60,7 @@ class State:
     recent_losses: list[float] = field(default_factory=list)
     portion: Portion | None = None
     evaluation_portion: Portion | None = None
+    recompute_all: bool = False
 
 
 @dataclass(frozen=True, slots=True)

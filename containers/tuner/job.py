@@ -17,6 +17,7 @@ __all__ = [
     "CONFIG_NAME",
     "DataCollator",
     "DatasetConfig",
+    "Estimate",
     "LoraConfig",
     "Model",
     "ModelConfig",
@@ -56,6 +57,16 @@ class WorldConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Estimate:
+    """What the plan counts with, in bytes: `needed` at the peak with `gradient_checkpointing` of every block, some of
+    it in reserve; and `kept_block` more for each block that keeps its activations all the same.
+    """
+
+    needed: int
+    kept_block: int
+
+
+@dataclass(frozen=True, slots=True)
 class TunerJob:
     """The job file; `root` is `/` in a pod.
 
@@ -72,6 +83,7 @@ class TunerJob:
         checkpoint_seconds: how much time must lie between the beginnings of two pushes; 0: each checkpoint is pushed.
         world: the processes, where there is more than one.
         shard: whether the base model is divided among the processes, and not held by each of them whole.
+        memory: what is needed of a GPU's memory; the rest is used to compute less twice.
 
     Raises:
         InputError: a value that cannot be used, with its key.
@@ -89,6 +101,7 @@ class TunerJob:
     checkpoint_seconds: float = 0.0
     world: WorldConfig | None = None
     shard: bool = False
+    memory: Estimate | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[0-9a-f]{64}", self.identity):
@@ -99,6 +112,8 @@ class TunerJob:
             raise InputError("must not be negative", place="checkpoint_seconds", code="invalid-job")
         if self.world is not None:
             _check_world(self.world)
+        if self.memory is not None and min(self.memory.needed, self.memory.kept_block) < 1:
+            raise InputError("must be at least 1", place="memory", code="invalid-job")
         if self.shard and self.method == "qlora":
             hint = "method lora can be; or a GPU that holds the model in 4 bits"
             message = "a model in 4 bits cannot be divided among processes"

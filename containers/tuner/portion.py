@@ -45,7 +45,11 @@ class ShortOfMemory(RuntimeError):
 
 
 def fitting(
-    attempt: Callable[[Portion], T], portion: Portion, most_documents: int, on_halved: Callable[[Portion], None]
+    attempt: Callable[[Portion], T],
+    portion: Portion,
+    most_documents: int,
+    on_halved: Callable[[Portion], None],
+    spare: Callable[[], bool] = lambda: False,
 ) -> tuple[T, Portion]:
     """Do what is to be done with that portion, or with half of it until it fits; return the result and the portion.
 
@@ -54,6 +58,7 @@ def fitting(
         portion: what is tried first.
         most_documents: in one row; a document is not divided.
         on_halved: hears of each portion that is tried instead.
+        spare: lets the same portion take less, if it can, and says whether it could; that is tried first.
 
     Raises:
         ShortOfMemory: a single document does not fit.
@@ -62,11 +67,13 @@ def fitting(
         try:
             return attempt(portion), portion
         except ShortOfMemory:
-            if portion.parts >= most_documents:
+            spared = spare()
+            if not spared and portion.parts >= most_documents:
                 raise
         # Only now nothing refers to what the attempt left on the device.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        portion = portion.halved()
-        on_halved(portion)
+        if not spared:
+            portion = portion.halved()
+            on_halved(portion)

@@ -41,6 +41,7 @@ from kaito_flows.containers.tuner.model import Adapted
 from kaito_flows.containers.tuner.outcome import OUT_OF_MEMORY, best_step, evaluation_at, published_step, without_gain
 from kaito_flows.containers.tuner.portion import Portion, ShortOfMemory, fitting
 from kaito_flows.containers.tuner.preemption import Preemption
+from kaito_flows.containers.tuner.recompute import recompute_all
 from kaito_flows.containers.tuner.schedule import learning_rate, steps_in_all
 from kaito_flows.containers.tuner.shipping import Shipping
 from kaito_flows.containers.tuner.world import ALONE, World
@@ -127,6 +128,8 @@ def train(
         with disk_errors(results):
             results.mkdir(parents=True, exist_ok=True)
             history.write_text("".join(_line(entry) for entry in state.history), encoding="utf-8")
+    if state.recompute_all:
+        recompute_all(adapted.model)
     if found:
         emit("resumed", step=state.step)
 
@@ -193,6 +196,14 @@ def train(
 
         return on_halved
 
+    def recompute_more() -> bool:
+        """Before less goes through at once: whether blocks were to keep what the config lets them compute again."""
+        if not arguments.gradient_checkpointing or not any(world.totals(recompute_all(adapted.model))):
+            return False
+        state.recompute_all = True
+        remember("recompute-all", {"step": state.step})
+        return True
+
     def measure(portion: Portion) -> Evaluation | None:
         assert held_out is not None
         return evaluate(adapted, held_out, portion, stop=lambda: preemption.requested, world=world)
@@ -249,7 +260,9 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate
         portion = state.portion or Portion(arguments.per_device_train_batch_size)
-        (summed, tokens, targets, stopping), _ = fitting(gradients, portion, fullest, halved("training"))
+        (summed, tokens, targets, stopping), _ = fitting(
+            gradients, portion, fullest, halved("training"), recompute_more
+        )
         loss, norm = _finish_gradients(adapted, summed, targets, arguments, world)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise diverged(f"loss is {loss}, gradient norm {norm}", state.step + 1)

@@ -50,17 +50,17 @@ def rows_a_step(config: Mapping[str, Any]) -> int:
     return int(arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"])
 
 
-def training_flops(preset: Preset, adapter_parameters: int, length: int, *, recompute: bool) -> float:
+def training_flops(preset: Preset, adapter_parameters: int, length: int, *, recompute: float) -> float:
     """Return the floating-point operations for one trained token, in rows of `length` tokens.
 
     Forward 2N and backward 2N, for frozen weights need no gradient of their own (N: linear layers and output head);
     6 for each adapter parameter; causal attention, 2 x length x query features a layer forward and 2.5 times that
-    backward (FlashAttention-2, section 4.1); recompute repeats the forward pass of the blocks.
+    backward (FlashAttention-2, section 4.1); `recompute` is the share of blocks that repeat their forward pass.
     """
     shape, blocks = preset.architecture, preset.parameters.linear
     whole = blocks + shape.vocab_size * shape.hidden_size
     attention = 2.0 * length * shape.heads * shape.head_dim * shape.layers
-    again = 2.0 * (blocks + adapter_parameters) + attention if recompute else 0.0
+    again = recompute * (2.0 * (blocks + adapter_parameters) + attention)
     return 4.0 * whole + 6.0 * adapter_parameters + 3.5 * attention + again
 
 

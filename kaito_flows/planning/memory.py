@@ -2,7 +2,7 @@
 
 The formulas count what a training step of transformers and PEFT keeps. For Phi-3-mini with QLoRA, r 16, they give
 1.87 GB of NF4 weights, 0.39 GB of embedding and head, 0.40 GB for the adapter, and per token 0.197 MB of checkpoints
-with recompute or 4.06 MB of activations without it.
+with recompute or 4.66 MB of activations without it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ __all__ = [
     "BYTES",
     "FRAGMENTATION",
     "LOGIT_BYTES",
+    "RESERVE",
     "RUNTIME_BYTES",
     "MemoryEstimate",
     "sharded_memory",
@@ -37,11 +38,18 @@ ADAPTER_BYTES = 16
 RUNTIME_BYTES = 900_000_000
 # The caching allocator's unused remainders, as a share of what comes and goes in each step.
 FRAGMENTATION = 0.1
+# Norms keep their input in float32, whatever the model's type is; and the mask of a dropout takes about as much.
+NORM_BYTES = DROPOUT_BYTES = 4
+# Of what is needed, how much stays free beside it before blocks keep their activations: this is an estimate.
+RESERVE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes on the device at the peak of a training step, and how many parameters the adapter has."""
+    """Bytes on the device at the peak of a training step, and how many parameters the adapter has.
+
+    Where blocks compute their activations again, `kept_block` is what one takes more that keeps them.
+    """
 
     weights: int
     adapter: int
@@ -49,6 +57,12 @@ class MemoryEstimate:
     logits: int
     overhead: int
     adapter_parameters: int
+    kept_block: int = 0
+
+    @property
+    def needed(self) -> int:
+        """All of it, and some in reserve: what remains of the device beside that may hold activations."""
+        return int(self.total * (1 + RESERVE))
 
     @property
     def total(self) -> int:
@@ -69,11 +83,9 @@ def tuning_memory(preset: Preset, config: Mapping[str, Any], method: str) -> Mem
     """
     lora, arguments, shape = config["LoraConfig"], config["TrainingArguments"], preset.architecture
     parameters = lora_parameters(shape, lora["target_modules"], lora["r"], dora=lora["use_dora"])
-    tokens = arguments["per_device_train_batch_size"] * arguments["max_length"]
-    eager = config["ModelConfig"]["attn_implementation"] == "eager"
-    activations = _activations(
-        preset, tokens, arguments["max_length"], recompute=arguments["gradient_checkpointing"], eager=eager
-    )
+    tokens = _tokens(config)
+    activations = _activations(preset, config)
+    kept = _block_bytes(preset, config) - 2 * shape.hidden_size
     logits = min(tokens, tokens_with_logits(shape.vocab_size)) * shape.vocab_size * LOGIT_BYTES
     # A 4-bit matrix is expanded for each product; the largest one counts, and its gradient's transposed copy.
     largest = max(i * o for name, (i, o) in linear_shapes(shape).items() if name in preset.linear_modules)
@@ -85,6 +97,7 @@ def tuning_memory(preset: Preset, config: Mapping[str, Any], method: str) -> Mem
         logits=logits,
         overhead=RUNTIME_BYTES + expanded + int(FRAGMENTATION * (activations + logits)),
         adapter_parameters=parameters,
+        kept_block=int(tokens * kept * (1 + FRAGMENTATION)) if arguments["gradient_checkpointing"] else 0,
     )
 
 
@@ -102,13 +115,12 @@ def sharded_memory(
     computes and the one that is fetched ahead. The adapter is whole on each, and logits are made all at once.
     """
     whole, parameters = BYTES[config["ModelConfig"]["torch_dtype"]], preset.parameters
-    arguments, shape = config["TrainingArguments"], preset.architecture
-    logits = arguments["per_device_train_batch_size"] * arguments["max_length"] * shape.vocab_size * LOGIT_BYTES
+    logits = _tokens(config) * preset.architecture.vocab_size * LOGIT_BYTES
     overhead = estimate.overhead + int(FRAGMENTATION * (logits - estimate.logits))
     block = parameters.linear * whole // preset.architecture.layers
     gathered = (parameters.total - parameters.linear) * whole + 2 * block
     weights = parameters.total * whole // processes + gathered
-    return replace(estimate, weights=weights, logits=logits, overhead=overhead)
+    return replace(estimate, weights=weights, logits=logits, overhead=overhead, kept_block=0)
 
 
 def _weights(preset: Preset, config: Mapping[str, Any], method: str) -> int:
@@ -122,19 +134,41 @@ def _weights(preset: Preset, config: Mapping[str, Any], method: str) -> int:
     return int(linear * (4 + scale_bits) / 8) + (preset.parameters.total - linear) * whole
 
 
-def _activations(preset: Preset, tokens: int, length: int, *, recompute: bool, eager: bool) -> int:
-    """What the forward pass keeps for the backward pass, in two bytes a value.
+def _activations(preset: Preset, config: Mapping[str, Any]) -> int:
+    """What the forward pass keeps for the backward pass.
 
-    A block keeps, for each token: its two norms' inputs and outputs (4 hidden), the projections before and after the
-    rotary embedding and the attention's output (3 query + 3 key), and the MLP's gate, up, activation and product
-    (4 intermediate). With recompute a block keeps its input alone, and one block at a time keeps everything. Eager
-    attention adds its scores and probabilities, a value of each in two bytes and one in four for each pair of tokens.
+    With recompute a block keeps its input alone, and one block at a time keeps everything.
     """
-    shape = preset.architecture
+    shape, block = preset.architecture, _block_bytes(preset, config)
+    if config["TrainingArguments"]["gradient_checkpointing"]:
+        return _tokens(config) * (shape.layers * 2 * shape.hidden_size + block)
+    return _tokens(config) * shape.layers * block
+
+
+def _block_bytes(preset: Preset, config: Mapping[str, Any]) -> int:
+    """What a block keeps for each token.
+
+    These are its two norms' inputs; queries, keys, values, and what attention makes of them; the MLP's gate, its
+    activation, and what that is multiplied with; and for each adapted layer its input, which PEFT copies, and what A
+    makes of it. A frozen layer needs nothing for its input's gradient. Values that one layer makes with queries and
+    keys keep those too, as they were before the rotation. Eager attention adds its scores and probabilities, a value
+    of each in two bytes and one in four for each pair of tokens.
+    """
+    shape, lora, model = preset.architecture, config["LoraConfig"], config["ModelConfig"]
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    block = 2 * (4 * shape.hidden_size + 3 * query + 3 * key + 4 * shape.intermediate_size)
-    if eager:
-        block += 8 * shape.heads * length
-    if recompute:
-        return tokens * (shape.layers * 2 * shape.hidden_size + block)
-    return tokens * shape.layers * block
+    value = BYTES[model["torch_dtype"]]
+    inputs = [linear_shapes(shape)[name][0] for name in lora["target_modules"]]
+    dropped = DROPOUT_BYTES if lora["lora_dropout"] else 0
+    kept = 2 * NORM_BYTES * shape.hidden_size + value * (2 * query + 2 * key + 3 * shape.intermediate_size)
+    kept += sum(inputs) * (value + dropped) + len(inputs) * lora["r"] * value
+    if not {"qkv_proj", "query_key_value"}.isdisjoint(preset.linear_modules):
+        kept += value * (query + key)
+    if model["attn_implementation"] == "eager":
+        kept += 8 * shape.heads * config["TrainingArguments"]["max_length"]
+    return int(kept)
+
+
+def _tokens(config: Mapping[str, Any]) -> int:
+    """How many tokens go through the device at once."""
+    arguments = config["TrainingArguments"]
+    return int(arguments["per_device_train_batch_size"] * arguments["max_length"])

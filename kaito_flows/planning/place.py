@@ -51,7 +51,8 @@ class Place:
     """`nodes` nodes with `gpus` GPUs each (on this machine without one, 1), of which each has the memory and speed.
 
     `usable` are the bytes that a program can have of `device_memory`; None where the node is not known. `divided` says
-    that the model fits only in parts, one on each GPU. `instance_type` is None on this machine and on own nodes.
+    that the model fits only in parts, one on each GPU. `has_gpu` is False on a machine without one, whose memory others
+    use too. `instance_type` is None on this machine and on own nodes.
     Prices are in USD for one node.
     """
 
@@ -66,6 +67,7 @@ class Place:
     gpus: int = 1
     nodes: int = 1
     divided: bool = False
+    has_gpu: bool = True
     notes: tuple[str, ...] = ()
 
     @property
@@ -171,4 +173,5 @@ def _this_place(
         price_usd_hour=0.0,
         price_source="",
         flops_per_second=machine_flops_per_second(machine, skus),
+        has_gpu=bool(machine.gpu_model),
     )

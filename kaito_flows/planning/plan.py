@@ -109,6 +109,19 @@ class Plan:
         return self.place.divided
 
     @property
+    def blocks_recomputed(self) -> int:
+        """How many of the model's blocks compute their activations again: those whose own find no room on a GPU.
+
+        The tuner asks the GPU itself; this is for the time.
+        """
+        blocks = self.preset.architecture.layers
+        if not self.config["TrainingArguments"]["gradient_checkpointing"]:
+            return 0
+        if not (self.memory.kept_block and self.place.has_gpu and self.place.usable):
+            return blocks
+        return blocks - min(blocks, max(0, self.place.usable - self.memory.needed) // self.memory.kept_block)
+
+    @property
     def device(self) -> str:
         """The device in words."""
         return self.place.device
@@ -185,6 +198,7 @@ class Plan:
             "nodes": self.nodes,
             "shard": self.shard,
             "memory": self.memory.as_dict(),
+            "blocks_recomputed": self.blocks_recomputed,
             "adapter_parameters": self.memory.adapter_parameters,
             "candidates": [
                 {"name": c.sku.name, "free": c.free, "price_usd_hour": c.price_usd_hour} for c in self.candidates
@@ -212,6 +226,11 @@ class Plan:
             ("adapted", ", ".join(lora["target_modules"])),
             ("memory", f"about {gib(memory.total)}{' on each GPU' if self.processes > 1 else ''}"),
             *(("", f"{gib(getattr(memory, part))} {part}") for part in parts),
+            *(
+                [("recomputed", self._recomputed())]
+                if self.config["TrainingArguments"]["gradient_checkpointing"]
+                else []
+            ),
             ("device", self.device),
             *([("GPUs", self._gpus())] if self.processes > 1 else []),
             ("price", self.place.price),
@@ -243,6 +262,12 @@ class Plan:
         """What each GPU keeps of its speed beside the others."""
         return parallel_share(self.gpus, self.nodes, divided=self.shard)
 
+    def _recomputed(self) -> str:
+        blocks, again = self.preset.architecture.layers, self.blocks_recomputed
+        if again == 0:
+            return f"nothing: the activations of all {blocks} blocks find room"
+        return f"the activations of {'all' if again == blocks else f'{again} of'} {blocks} blocks"
+
     def _gpus(self) -> str:
         where = f"{self.nodes} nodes with {self.gpus} each" if self.nodes > 1 else "one node"
         divided = "the model divided among them, " if self.shard else ""
@@ -257,9 +282,8 @@ class Plan:
         epochs = arguments["num_train_epochs"]
         if arguments["max_steps"] > 0:
             epochs = steps / max(training_steps(dataset.train_rows, _one_epoch(self.config)), 1)
-        a_token = training_flops(
-            self.preset, self.memory.adapter_parameters, length, recompute=arguments["gradient_checkpointing"]
-        )
+        recompute = self.blocks_recomputed / self.preset.architecture.layers
+        a_token = training_flops(self.preset, self.memory.adapter_parameters, length, recompute=recompute)
         whole_steps, rest = divmod(dataset.train_rows, rows_a_step(self.config))
         rows = whole_steps * self._largest_share(rows_a_step(self.config)) + self._largest_share(rest)
         training = epochs * rows * length * a_token
