@@ -7,6 +7,7 @@ from prefect.cache_policies import NO_CACHE
 
 from kaito_flows.planning.plan import DatasetFacts, Plan, plan_rented, plan_workspace
 from kaito_flows.tasks.artifacts import show_table
+from kaito_flows.tasks.measured import memory_share
 from kaito_flows.tasks.progress import log, stage, tell
 from kaito_flows.workspace import WorkspaceFile
 from kaito_flows.workspace.validation import Platform
@@ -16,7 +17,10 @@ from kaito_flows.workspace.validation import Platform
 def plan(file: WorkspaceFile, platform: Platform, rents: bool) -> Plan:
     """Plan the run; raise `PlanError` when it cannot be done. Where nodes are rented, no size means the cheapest."""
     with stage("plan"):
-        made = plan_rented(file) if rents else plan_workspace(file, platform, gpus=file.workspace.gpus)
+        if rents:
+            made = plan_rented(file, measured=memory_share)
+        else:
+            made = plan_workspace(file, platform, gpus=file.workspace.gpus, measured=memory_share)
         for note in made.notes:
             log(note)
         _show(made)

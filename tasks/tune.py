@@ -19,6 +19,7 @@ from kaito_flows.planning.plan import Plan
 from kaito_flows.platforms import Event, JobSpec, Placement, Platform
 from kaito_flows.settings import Settings
 from kaito_flows.tasks.artifacts import ProgressArtifact
+from kaito_flows.tasks.measured import keep_memory_share
 from kaito_flows.tasks.progress import log, relay, stage, tell
 from kaito_flows.tasks.provision_nodes import Tenancy
 from kaito_flows.tasks.retries import RETRY_DELAYS, is_retryable
@@ -102,8 +103,10 @@ def tune(
                 log(f"{exc}: it goes on elsewhere", warning=True)
         image = find_image(repository_of(workspace, platform), tag)
         platform.forget_job(spec)
-        seconds = float(completed.get("timings", {}).get("steps_seconds", 0.0))
-        return TunedAdapter(image, *_measured(image), reused=False, training_seconds=seconds, samples=tuple(samples))
+        timings, (metrics, history) = completed.get("timings", {}), _measured(image)
+        keep_memory_share(plan, timings, history)
+        seconds = float(timings.get("steps_seconds", 0.0))
+        return TunedAdapter(image, metrics, history, reused=False, training_seconds=seconds, samples=tuple(samples))
 
 
 def job_of(

@@ -67,10 +67,14 @@ def process_seconds() -> float:
 
 
 def peaks(device: torch.device) -> dict[str, Any]:
-    """Return the most memory that the process had so far: `peak_host_bytes`, and `peak_gpu_bytes` where there is a GPU.
+    """Return the most memory that the process had so far: `peak_host_bytes`, and where there is a GPU `peak_gpu_bytes`,
+    of which its tensors took `peak_gpu_tensor_bytes`.
 
     The host's counts pages of files too, such as those of weights that are being read.
     """
     unit = 1 if sys.platform == "darwin" else 1024
     host = {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    return {**host, "peak_gpu_bytes": torch.cuda.max_memory_reserved(device)} if device.type == "cuda" else host
+    if device.type != "cuda":
+        return host
+    tensors = torch.cuda.max_memory_allocated(device)
+    return {**host, "peak_gpu_bytes": torch.cuda.max_memory_reserved(device), "peak_gpu_tensor_bytes": tensors}

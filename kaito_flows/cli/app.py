@@ -20,7 +20,7 @@ from kaito_flows.errors import InputError, KaitoFlowsError, WorkspaceError
 
 if TYPE_CHECKING:
     from kaito_flows.planning.place import Platform as PlatformKind
-    from kaito_flows.planning.plan import Plan
+    from kaito_flows.planning.plan import Measured, Plan
     from kaito_flows.planning.serving import ServingPlan
     from kaito_flows.platforms import Platform
     from kaito_flows.settings import Settings
@@ -124,7 +124,11 @@ def plan(
         if data:
             raise InputError("a service has no data to prepare", place="--data", code="not-supported")
     else:
-        made = plan_rented(loaded) if settings.rents else plan_workspace(loaded, there, gpus=loaded.workspace.gpus)
+        measured = _measured_before()
+        if settings.rents:
+            made = plan_rented(loaded, measured=measured)
+        else:
+            made = plan_workspace(loaded, there, gpus=loaded.workspace.gpus, measured=measured)
         made = _with_data(loaded, made) if data else made
     if as_json:
         found = renting.prospects_of(loaded, made, settings)
@@ -288,6 +292,15 @@ def delete(name: Name, as_json: AsJson = False, namespace: Namespace = "") -> No
 
 app.command()(watch)
 app.add_typer(nodes, name="nodes")
+
+
+def _measured_before() -> Measured:
+    """What runs on the Prefect server at `PREFECT_API_URL` were seen to take; without one, nothing is known."""
+    if not os.environ.get("PREFECT_API_URL"):
+        return lambda _: None
+    from kaito_flows.tasks.measured import memory_share
+
+    return memory_share
 
 
 def _with_data(loaded: WorkspaceFile, made: Plan) -> Plan:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from kaito_flows import __version__
+from kaito_flows.canonical import canonical_digest
 from kaito_flows.planning.shapes import linear_shapes, lora_parameters
 from kaito_flows.presets.loader import Preset
 
@@ -21,6 +23,8 @@ __all__ = [
     "RESERVE",
     "RUNTIME_BYTES",
     "MemoryEstimate",
+    "measured_share",
+    "memory_key",
     "sharded_memory",
     "tokens_with_logits",
     "tuning_memory",
@@ -40,6 +44,8 @@ RUNTIME_BYTES = 900_000_000
 FRAGMENTATION = 0.1
 # Norms keep their input in float32, whatever the model's type is; and the mask of a dropout takes about as much.
 NORM_BYTES = DROPOUT_BYTES = 4
+# A measurement that is further from the formulas, in either direction, is of something else.
+BELIEVED = (0.2, 5.0)
 # Of what is needed, how much stays free beside it before blocks keep their activations: this is an estimate.
 RESERVE = 0.1
 
@@ -48,7 +54,8 @@ RESERVE = 0.1
 class MemoryEstimate:
     """Bytes on the device at the peak of a training step, and how many parameters the adapter has.
 
-    Where blocks compute their activations again, `kept_block` is what one takes more that keeps them.
+    Where blocks compute their activations again, `kept_block` is what one takes more that keeps them. `measured` is
+    what a training like it was seen to take, as a share of what the formulas say; all parts are multiplied with it.
     """
 
     weights: int
@@ -58,6 +65,12 @@ class MemoryEstimate:
     overhead: int
     adapter_parameters: int
     kept_block: int = 0
+    measured: float = 1.0
+
+    def scaled(self, share: float) -> MemoryEstimate:
+        """Return an estimate by the formulas as one by that measurement."""
+        parts = ("weights", "adapter", "activations", "logits", "overhead", "kept_block")
+        return replace(self, **{name: int(getattr(self, name) * share) for name in parts}, measured=share)
 
     @property
     def needed(self) -> int:
@@ -99,6 +112,39 @@ def tuning_memory(preset: Preset, config: Mapping[str, Any], method: str) -> Mem
         adapter_parameters=parameters,
         kept_block=int(tokens * kept * (1 + FRAGMENTATION)) if arguments["gradient_checkpointing"] else 0,
     )
+
+
+def memory_key(preset: Preset, config: Mapping[str, Any], method: str, device: str) -> str:
+    """Return a name for all trainings that take as much on such a device, `gpu` or `cpu`: 16 hex digits."""
+    lora, arguments = config["LoraConfig"], config["TrainingArguments"]
+    names = ("per_device_train_batch_size", "max_length", "gradient_checkpointing", "packing")
+    of = {
+        "model": preset.model_id,
+        "method": method,
+        "device": device,
+        "lora": {name: lora[name] for name in ("r", "target_modules", "use_dora", "lora_dropout")},
+        "arguments": {name: arguments[name] for name in names},
+        "sections": [config["ModelConfig"], config["QuantizationConfig"]],
+        "tuner": __version__,
+    }
+    return canonical_digest(of)[:16]
+
+
+def measured_share(
+    estimate: MemoryEstimate, *, host_bytes: int, gpu_bytes: int | None = None, kept_blocks: int = 0
+) -> float | None:
+    """Return what a training took, as a share of what the formulas say; None if that is not to be believed.
+
+    Args:
+        estimate: the one that it was planned with.
+        host_bytes: the most memory that its process had.
+        gpu_bytes: the most that its tensors took of a GPU, where there was one.
+        kept_blocks: how many blocks kept their activations.
+    """
+    formulas = (estimate.total + kept_blocks * estimate.kept_block) / estimate.measured
+    took = host_bytes if gpu_bytes is None else gpu_bytes * (1 + FRAGMENTATION) + RUNTIME_BYTES
+    share = took / formulas
+    return share if BELIEVED[0] <= share <= BELIEVED[1] else None
 
 
 def tokens_with_logits(vocabulary: int) -> int:

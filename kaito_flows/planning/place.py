@@ -92,11 +92,13 @@ def choose_place(
     gpus: int | None = None,
     divided: Divided | None = None,
     machine: Machine | None = None,
+    here: Estimate | None = None,
 ) -> Place:
     """Return where it can run: on `local` this machine, on `kubernetes` nodes of `instance_type`, or own ones.
 
     `divided` says what each of so many GPUs takes where the model can be divided among them. `gpus` is how many GPUs an
-    own node has; unless it is told, 1 is counted. `machine` stands for this machine.
+    own node has; unless it is told, 1 is counted. `machine` stands for this machine, and `here` is what it takes on one
+    without a GPU, if that is another estimate.
 
     Raises:
         PlanError: (codes of `check_instance_type`) the size cannot do it; (codes `no-bf16`, `machine-too-small`) this
@@ -106,7 +108,8 @@ def choose_place(
     # On this machine too: the file would be refused in a cluster.
     sku = _check(instance_type, estimate, requires_bf16, advice, nodes, divided)
     if platform == "local":
-        place = _this_place(machine or this_machine(), estimate, requires_bf16, advice, skus)
+        fitting = candidates(estimate, skus, requires_bf16)
+        place = _this_place(machine or this_machine(), here or estimate, requires_bf16, advice, skus, fitting)
         unused = f"{instance_type} is not used: this platform runs on this machine"
         return dataclasses.replace(place, notes=(unused,)) if instance_type else place
     unknown = instance_type and find_sku(instance_type, skus) is None
@@ -145,7 +148,12 @@ def _check(
 
 
 def _this_place(
-    machine: Machine, estimate: Estimate, requires_bf16: bool, advice: Advice, skus: tuple[Sku, ...]
+    machine: Machine,
+    estimate: Estimate,
+    requires_bf16: bool,
+    advice: Advice,
+    skus: tuple[Sku, ...],
+    fitting: tuple[Candidate, ...],
 ) -> Place:
     if requires_bf16 and machine.gpu_model and machine.compute_capability < BF16_CAPABILITY:
         raise PlanError(
@@ -154,7 +162,6 @@ def _this_place(
             hint=f"{advice.dtype_hint}, or hide the GPU: CUDA_VISIBLE_DEVICES=-1",
             code="no-bf16",
         )
-    fitting = candidates(estimate, skus, requires_bf16)
     usable = int(machine.device_memory * MACHINE_SHARE)
     if usable < estimate.total:
         sizes = ", ".join(map(str, fitting[:3]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +20,8 @@ from kaito_flows.planning.cost import (
     training_steps,
 )
 from kaito_flows.planning.identity import run_identity
-from kaito_flows.planning.machine import Machine
-from kaito_flows.planning.memory import MemoryEstimate, sharded_memory, tuning_memory
+from kaito_flows.planning.machine import Machine, this_machine
+from kaito_flows.planning.memory import MemoryEstimate, memory_key, sharded_memory, tuning_memory
 from kaito_flows.planning.place import Advice, Place, Platform, choose_place
 from kaito_flows.planning.skus import Candidate
 from kaito_flows.planning.targets import resolve_targets
@@ -30,7 +30,7 @@ from kaito_flows.presets.loader import Preset, load_preset
 from kaito_flows.workspace import WorkspaceFile
 from kaito_flows.workspace.training_config import ROOT_KEY
 
-__all__ = ["DatasetFacts", "Plan", "make_plan", "plan_rented", "plan_workspace", "requires_bf16"]
+__all__ = ["DatasetFacts", "Measured", "Plan", "make_plan", "plan_rented", "plan_workspace", "requires_bf16"]
 
 # Beside the weights: the dataset, checkpoints, the adapter and its image.
 DISK_REST = 1_000_000_000
@@ -41,6 +41,14 @@ _ADVICE = Advice(
     smaller="a smaller model or max_length",
     remedy="use qlora, a shorter max_length, or gradient_checkpointing: true",
 )
+
+
+Measured = Callable[[str], float | None]
+"""What trainings with that `memory_key` took, as a share of what the formulas say; None where that is not known."""
+
+
+def _nothing(_key: str) -> None:
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +115,12 @@ class Plan:
     def shard(self) -> bool:
         """Whether the model fits only divided among the GPUs."""
         return self.place.divided
+
+    @property
+    def memory_key(self) -> str:
+        """The name of all trainings that take as much memory."""
+        device = "gpu" if self.place.has_gpu else "cpu"
+        return memory_key(self.preset, self.config, self.method, device)
 
     @property
     def blocks_recomputed(self) -> int:
@@ -198,6 +212,7 @@ class Plan:
             "nodes": self.nodes,
             "shard": self.shard,
             "memory": self.memory.as_dict(),
+            "memory_measured": self.memory.measured,
             "blocks_recomputed": self.blocks_recomputed,
             "adapter_parameters": self.memory.adapter_parameters,
             "candidates": [
@@ -224,7 +239,7 @@ class Plan:
             ("model", f"{model} ({parameters / 1e6:,.0f} million parameters)"),
             ("method", f"{self.method}, r {lora['r']}, {memory.adapter_parameters:,} parameters"),
             ("adapted", ", ".join(lora["target_modules"])),
-            ("memory", f"about {gib(memory.total)}{' on each GPU' if self.processes > 1 else ''}"),
+            ("memory", f"about {gib(memory.total)}{' on each GPU' if self.processes > 1 else ''}{self._measured()}"),
             *(("", f"{gib(getattr(memory, part))} {part}") for part in parts),
             *(
                 [("recomputed", self._recomputed())]
@@ -261,6 +276,10 @@ class Plan:
     def speed_share(self) -> float:
         """What each GPU keeps of its speed beside the others."""
         return parallel_share(self.gpus, self.nodes, divided=self.shard)
+
+    def _measured(self) -> str:
+        share = self.memory.measured
+        return "" if share == 1.0 else f", as measured ({share:.0%} of the estimate)"
 
     def _recomputed(self) -> str:
         blocks, again = self.preset.architecture.layers, self.blocks_recomputed
@@ -306,12 +325,13 @@ def make_plan(
     dataset: DatasetFacts | None = None,
     platform: Platform = "local",
     machine: Machine | None = None,
+    measured: Measured = _nothing,
 ) -> Plan:
     """Plan the tuning of `preset` with a resolved training config.
 
     On `local` the node is this machine and costs nothing; on `kubernetes` there are `nodes` of `instance_type`, or own
     ones when that is empty, of which nothing is known but how many `gpus` each has, if that is told (else 1 is used).
-    `machine` stands for this machine.
+    `machine` stands for this machine. `measured` knows what trainings before took.
 
     Raises:
         PlanError: (codes of `check_instance_type`) the size cannot do it; (code `machine-too-small`) this machine
@@ -326,13 +346,22 @@ def make_plan(
         notes += ("train_test_split: 1 holds nothing out: that the adapter is better than its base will not be shown",)
     if not preset.chat_template:
         notes += (f"{preset.name} is a base model without a chat template",)
-    estimate = tuning_memory(preset, config, method)
+    formulas = tuning_memory(preset, config, method)
 
     def sharded(processes: int) -> MemoryEstimate:
-        return sharded_memory(preset, config, estimate, processes)
+        return sharded_memory(preset, config, formulas, processes)
 
+    def estimated(device: str) -> MemoryEstimate:
+        share = measured(memory_key(preset, config, method, device))
+        return formulas if share is None else formulas.scaled(share)
+
+    if platform == "local":
+        machine = machine or this_machine()
+    here = estimated("cpu") if machine and not machine.gpu_model else None
+    estimate = estimated("gpu")
     place = choose_place(
         estimate,
+        here=here,
         platform=platform,
         requires_bf16=requires_bf16(config),
         advice=_ADVICE,
@@ -354,7 +383,7 @@ def make_plan(
         preset=preset,
         method=method,
         config=config,
-        memory=sharded(processes) if place.divided else estimate,
+        memory=sharded(processes) if place.divided else estimate if place.has_gpu else here or estimate,
         place=place,
         notes=notes + place.notes,
     )
@@ -362,11 +391,16 @@ def make_plan(
 
 
 def plan_workspace(
-    file: WorkspaceFile, platform: Platform, *, gpus: int | None = None, instance_type: str | None = None
+    file: WorkspaceFile,
+    platform: Platform,
+    *,
+    gpus: int | None = None,
+    instance_type: str | None = None,
+    measured: Measured = _nothing,
 ) -> Plan:
     """Plan the tuning that a Workspace file asks for, on nodes of `instance_type` if it names none itself.
 
-    `gpus` as in `make_plan`.
+    `gpus` and `measured` as in `make_plan`.
 
     Raises:
         PlanError: it is not for tuning; and as `make_plan`.
@@ -384,10 +418,11 @@ def plan_workspace(
         nodes=file.workspace.resource.count if platform == "kubernetes" else 1,
         gpus=gpus,
         platform=platform,
+        measured=measured,
     )
 
 
-def plan_rented(file: WorkspaceFile) -> Plan:
+def plan_rented(file: WorkspaceFile, *, measured: Measured = _nothing) -> Plan:
     """Plan the tuning that a Workspace file asks for where nodes are rented: no size means the cheapest that fits.
 
     Raises:
@@ -395,9 +430,10 @@ def plan_rented(file: WorkspaceFile) -> Plan:
         ConfigError: as `plan_workspace`.
     """
     gpus = file.workspace.gpus
-    made = plan_workspace(file, "kubernetes", gpus=gpus)
+    made = plan_workspace(file, "kubernetes", gpus=gpus, measured=measured)
     if made.instance_type is None and made.candidates and gpus != 0:
-        made = plan_workspace(file, "kubernetes", gpus=gpus, instance_type=made.candidates[0].sku.name)
+        size = made.candidates[0].sku.name
+        made = plan_workspace(file, "kubernetes", gpus=gpus, instance_type=size, measured=measured)
     return made
 
 

@@ -223,6 +223,16 @@ def test_a_second_tune_says_that_nothing_was_to_be_trained_and_fits_a_terminal(t
     assert [line for line in shown.lines if len(line) > 80 and not line.startswith(to_be_copied)] == []
 
 
+def test_the_next_plan_of_its_kind_counts_with_the_memory_that_it_took(tuned: Any, command: Any) -> None:
+    planned = tuned.command.facts("plan", tuned.file)
+    assert planned["memory_measured"] != 1.0
+    lines = tuned.command.on_terminal("plan", tuned.file).lines
+    [shown] = [line for line in lines if line.startswith("  memory ")]
+    assert re.search(r"about \d\.\d\d GiB, as measured \(\d+% of the estimate\)$", shown)
+    assert max(map(len, lines)) <= 80
+    assert command.facts("plan", tuned.file)["memory_measured"] == 1.0, "without a server nothing is known"
+
+
 def test_status_shows_the_columns_the_conditions_and_the_service(tuned: Any) -> None:
     [facts] = tuned.command.facts("status", "tiny")
     assert facts["state"] == "Succeeded"

@@ -9,7 +9,15 @@ import pytest
 
 from kaito_flows.containers.tuner.loss import chunk_of
 from kaito_flows.errors import PlanError
-from kaito_flows.planning.memory import MemoryEstimate, sharded_memory, tokens_with_logits, tuning_memory
+from kaito_flows.planning.memory import (
+    RUNTIME_BYTES,
+    MemoryEstimate,
+    measured_share,
+    memory_key,
+    sharded_memory,
+    tokens_with_logits,
+    tuning_memory,
+)
 from kaito_flows.planning.shapes import lora_parameters
 from kaito_flows.presets.loader import load_preset, load_presets
 
@@ -165,3 +173,42 @@ def test_the_parts_make_the_total(config: Config) -> None:
 def test_a_module_without_a_known_shape_is_refused(config: Config) -> None:
     with pytest.raises(PlanError, match="'lm_head'"):
         estimate(config, target_modules=["qkv_proj", "lm_head"])
+
+
+def test_a_measurement_scales_every_part(config: Config) -> None:
+    formulas = estimate(config)
+    scaled = formulas.scaled(0.8)
+    assert scaled.total == pytest.approx(0.8 * formulas.total, abs=5)
+    assert scaled.kept_block == int(0.8 * formulas.kept_block)
+    assert sum(scaled.as_dict()[part] for part in ("weights", "adapter", "activations", "logits", "overhead")) == (
+        scaled.total
+    )
+
+
+@pytest.mark.parametrize("planned_with", [1.0, 0.7])
+def test_what_was_measured_is_a_share_of_the_formulas_whatever_it_was_planned_with(
+    planned_with: float, config: Config
+) -> None:
+    formulas = estimate(config)
+    planned = formulas.scaled(planned_with)
+    assert measured_share(planned, host_bytes=int(1.3 * formulas.total)) == pytest.approx(1.3, rel=1e-3)
+    tensors = 10 * 10**9
+    with_blocks = measured_share(planned, host_bytes=1, gpu_bytes=tensors, kept_blocks=20)
+    expected = (1.1 * tensors + RUNTIME_BYTES) / (formulas.total + 20 * formulas.kept_block)
+    assert with_blocks == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_measurement_of_something_else_is_not_believed(config: Config) -> None:
+    assert measured_share(estimate(config), host_bytes=10**6) is None
+    assert measured_share(estimate(config), host_bytes=10**12) is None
+
+
+def test_trainings_that_take_as_much_have_one_name(config: Config) -> None:
+    def key(device: str = "gpu", preset: str = PHI3, method: str = "qlora", **changes: Any) -> str:
+        return memory_key(load_preset(preset), config(preset, method, **changes), method, device)
+
+    same = {key(), key(learning_rate=1.0), key(max_steps=7), key(gradient_accumulation_steps=8), key(seed=5)}
+    assert len(same) == 1
+    others = [key("cpu"), key(r=8), key(max_length=512), key(method="lora"), key(gradient_checkpointing=False),
+              key(lora_dropout=0.1), key(preset="phi-3-mini-128k-instruct"), key(packing=False)]  # fmt: skip
+    assert len({*others, *same}) == len(others) + 1

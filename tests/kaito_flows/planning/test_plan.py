@@ -83,6 +83,40 @@ def test_less_to_compute_again_takes_less_time(config: Config) -> None:
     assert times[2] / times[0] == pytest.approx(23.2 / 15.9, rel=0.03)
 
 
+def test_what_was_measured_before_is_planned_with_on_devices_of_its_kind(config: Config, laptop: Machine) -> None:
+    asked: list[str] = []
+
+    def measured(key: str) -> float | None:
+        asked.append(key)
+        return {here.memory_key: 0.5, there.memory_key: 2.0}.get(key)
+
+    here = make_plan(load_preset(SMOL), "qlora", config(SMOL), workspace="w", machine=laptop)
+    there = on_azure(config, SMOL)
+    options: dict[str, Any] = {"workspace": "w", "measured": measured}
+    again = make_plan(load_preset(SMOL), "qlora", config(SMOL), machine=laptop, **options)
+    assert again.memory.total == pytest.approx(here.memory.total / 2, rel=1e-6)
+    [shown] = [row["value"] for row in again.table_rows() if row["item"] == "memory"]
+    assert shown.endswith(", as measured (50% of the estimate)")
+    free = {candidate.sku.name: candidate.free for candidate in again.candidates}
+    options |= {"platform": "kubernetes", "instance_type": A100}
+    rented = make_plan(load_preset(SMOL), "qlora", config(SMOL), **options)
+    assert rented.memory.total == pytest.approx(2 * there.memory.total, rel=1e-6)
+    assert free == {candidate.sku.name: candidate.free for candidate in rented.candidates}
+    assert set(asked) == {here.memory_key, there.memory_key}
+    assert again.as_dict()["memory_measured"] == 0.5
+    assert here.memory_key == again.memory_key
+
+
+def test_a_gpu_that_was_seen_to_be_too_small_is_refused(config: Config) -> None:
+    size = "Standard_NV36ads_A10_v5"
+    options: dict[str, Any] = {"workspace": "w", "platform": "kubernetes", "instance_type": size}
+    resolved = config(PHI3, max_length=8192)
+    make_plan(load_preset(PHI3), "qlora", resolved, **options)
+    with pytest.raises(PlanError, match="too small") as refused:
+        make_plan(load_preset(PHI3), "qlora", resolved, measured=lambda _: 5.0, **options)
+    assert refused.value.code == "gpu-too-small"
+
+
 def test_a_dataset_given_at_once_is_the_same_plan(config: Config) -> None:
     at_once = make_plan(
         load_preset(PHI3), "qlora", config(PHI3), workspace="w", instance_type=A100, dataset=DATA, platform="kubernetes"
