@@ -141,7 +141,8 @@ def _train_and_publish(
             }
             files = model.adapter_files(adapted)
             image = write_and_publish(job, config, files, metrics, dataset.facts, source.digest)
-        _tell_samples(adapted, job)
+        if not adapted.sharded:
+            _tell_samples(adapted, job, world)
         timings["steps_seconds"] = round(state.seconds, 3)
         timings["tokens_per_second"] = round(state.tokens / state.seconds, 1)
         timings.update(peaks(world.device))
@@ -153,22 +154,33 @@ def _train_and_publish(
         return {**_facts(image, metrics), "reused": False, "timings": timings}
 
     told: dict[str, Any] = world.tell("published", publish)
+    if adapted.sharded:
+        _tell_samples(adapted, job, world)
     return told
 
 
-def _tell_samples(adapted: Adapted, job: TunerJob) -> None:
-    """Tell how base and adapter answer a few prompts; with the adapter published, a failure is told and no more."""
-    if adapted.sharded or preemption.requested:
+def _tell_samples(adapted: Adapted, job: TunerJob, world: World) -> None:
+    """Tell how base and adapter answer a few prompts; with the adapter published, a failure is told and no more.
+
+    Processes that hold the base model together write the answers together, or not at all.
+    """
+    stopping = float(preemption.requested)
+    if any(world.totals(stopping)) if adapted.sharded else stopping:
         return
     from kaito_flows.containers.tuner import samples
 
     try:
+        if adapted.sharded:
+            from kaito_flows.containers.tuner.sharding import drop_gathered
+
+            drop_gathered(adapted)
         answered = samples.compare(adapted, job.weights, job.data)
     except Exception as exc:
         logging.getLogger(__name__).warning("there are no sample answers", exc_info=True)
-        emit("no-samples", reason=" ".join(f"{type(exc).__name__}: {exc}".split()))
+        if world.first:
+            emit("no-samples", reason=" ".join(f"{type(exc).__name__}: {exc}".split()))
         return
-    if answered:
+    if answered and world.first:
         emit("samples", samples=answered)
 
 

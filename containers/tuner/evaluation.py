@@ -54,7 +54,7 @@ def evaluate(
             stopped = stopped or stop()
             if stopped and not adapted.sharded:
                 break
-            summed = loss_sum(adapted.model, batch, masked=adapted.masked, chunked=not adapted.sharded)
+            summed = loss_sum(adapted.model, batch, masked=adapted.masked)
             total += summed.double().cpu()
             targets += batch.targets
     except (RuntimeError, MemoryError) as exc:

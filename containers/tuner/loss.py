@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from kaito_flows.containers.tuner.data import Batch
@@ -29,24 +30,20 @@ def chunk_of(vocabulary: int) -> int:
     return max(CHUNK, LOGITS // vocabulary)
 
 
-def loss_sum(model: Any, batch: Batch, *, masked: bool = False, chunked: bool = True) -> torch.Tensor:
+def loss_sum(model: Any, batch: Batch, *, masked: bool = False) -> torch.Tensor:
     """Sum the cross-entropy of each target given what stands before it in its document.
 
     Args:
         model: a causal language model of transformers, with or without adapters.
         batch: rows with at least one target.
         masked: whether the model needs a mask to keep documents apart (`isolation.needs_mask`).
-        chunked: whether logits may be made in chunks. Where processes hold the model together they may not: each call
-            of the model gathers it.
 
     Logits are made only where a target follows: with a large vocabulary they are most of a small model's work and, in
     float32 and with their gradient, of its memory. What the model does with logits (Gemma caps them) it does to these.
     """
     head, base = model.get_output_embeddings(), model.base_model
-    # An adapter on the head itself learns from all logits.
-    chunked = chunked and base is not model and not any(p.requires_grad for p in head.parameters())
     chunk = chunk_of(head.weight.shape[0])
-    chunked = chunked and batch.targets > chunk
+    chunked = batch.targets > chunk and base is not model and _can_be_called_alone(head)
     kept: list[torch.Tensor] = []
     outputs: list[Any] = []
 
@@ -77,11 +74,16 @@ def loss_sum(model: Any, batch: Batch, *, masked: bool = False, chunked: bool = 
 
         def loss_of(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             found = type(outputs[0])(**{**outputs[0], "last_hidden_state": hidden[None]})
-            with _answering(base, found):
+            with _answering(model, found):
                 return _cross_entropy(model(input_ids=batch.input_ids[:1, :1], use_cache=False).logits[0], labels)
 
         total: torch.Tensor = _InChunks.apply(kept[0], batch.labels, chunk, loss_of)  # type: ignore[no-untyped-call]
         return total
+
+
+def _can_be_called_alone(head: torch.nn.Module) -> bool:
+    """Not when an adapter on it learns from all logits, nor when processes hold it together."""
+    return not any(p.requires_grad or isinstance(p, DTensor) for p in head.parameters())
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -130,10 +132,12 @@ def _hooked(*hooks: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _answering(base: torch.nn.Module, output: Any) -> Iterator[None]:
-    """Let the base model answer with that, instead of computing anything."""
-    base.forward = lambda *_, **__: output
+def _answering(model: Any, output: Any) -> Iterator[None]:
+    """Put something in the base model's place that answers with that, and computes and gathers nothing."""
+    base, stand_in = model.base_model, torch.nn.Module()
+    stand_in.forward = lambda *_, **__: output
+    setattr(model, model.base_model_prefix, stand_in)
     try:
         yield
     finally:
-        del base.forward
+        setattr(model, model.base_model_prefix, base)

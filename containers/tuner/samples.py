@@ -71,6 +71,7 @@ def _generate(adapted: Adapted, tokenizer: Any, batch: Any) -> list[str]:
         output = adapted.model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=SAMPLE_TOKENS, do_sample=False, use_cache=True,
             pad_token_id=tokenizer.pad_token_id, temperature=None, top_p=None, top_k=None,
+            synced_gpus=adapted.sharded,
         )  # fmt: skip
     texts: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
     return texts

@@ -11,13 +11,13 @@ from dataclasses import replace
 
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from kaito_flows.containers.tuner.model import Adapted
 from kaito_flows.containers.tuner.world import World
 from kaito_flows.errors import WeightsError
 
-__all__ = ["shard"]
+__all__ = ["drop_gathered", "shard"]
 
 
 def shard(adapted: Adapted, world: World) -> Adapted:
@@ -34,10 +34,27 @@ def shard(adapted: Adapted, world: World) -> Adapted:
         raise WeightsError(message, place="shard", code="weights-unsupported")
     for block in blocks:
         fully_shard(block, mesh=mesh, ignored_params=adapters)
-    fully_shard(adapted.model, mesh=mesh, ignored_params=adapters)
+    # The head lies outside, whole on each device: logits are made in chunks, for which nothing must be gathered. One
+    # whose weights are the embedding's cannot.
+    model, base = adapted.model, adapted.model.base_model
+    head = model.get_output_embeddings()
+    shared = head.weight is model.get_input_embeddings().weight
+    fully_shard(model if shared else base, mesh=mesh, ignored_params=adapters)
+    if not shared:
+        head.to(world.device)
     for parameter in adapters:
         parameter.data = parameter.data.to(world.device)
     return replace(adapted, device=world.device, sharded=True)
+
+
+def drop_gathered(adapted: Adapted) -> None:
+    """Let each process hold its part alone, so that all gather the same things next.
+
+    One that has written the adapter has dropped already what the others still hold.
+    """
+    for module in adapted.model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:

@@ -316,7 +316,7 @@ def _backward(adapted: Adapted, batch: Batch) -> torch.Tensor:
 
     Of the sum and not of a mean: divided by thousands of tokens, gradients of float16 activations would vanish.
     """
-    loss = loss_sum(adapted.model, batch, masked=adapted.masked, chunked=not adapted.sharded)
+    loss = loss_sum(adapted.model, batch, masked=adapted.masked)
     loss.backward()  # type: ignore[no-untyped-call,unused-ignore]
     return loss.detach()
 

@@ -158,10 +158,12 @@ def sharded_memory(
     """Return what each of several GPUs takes with the base model divided among them by PyTorch's FSDP2.
 
     Beside its part, a GPU holds what is gathered: embedding, head and norms throughout, and two blocks, the one that
-    computes and the one that is fetched ahead. The adapter is whole on each, and logits are made all at once.
+    computes and the one that is fetched ahead. The adapter is whole on each. Where the head's weights are the
+    embedding's, logits are made all at once.
     """
     whole, parameters = BYTES[config["ModelConfig"]["torch_dtype"]], preset.parameters
-    logits = _tokens(config) * preset.architecture.vocab_size * LOGIT_BYTES
+    all_at_once = _tokens(config) * preset.architecture.vocab_size * LOGIT_BYTES
+    logits = all_at_once if preset.architecture.tie_embeddings else estimate.logits
     overhead = estimate.overhead + int(FRAGMENTATION * (logits - estimate.logits))
     block = parameters.linear * whole // preset.architecture.layers
     gathered = (parameters.total - parameters.linear) * whole + 2 * block

@@ -107,7 +107,7 @@ def test_a_model_that_writes_text_attends_as_it_does_by_itself(dataset: Dataset)
     prompts = {"input_ids": torch.tensor([[0, 0, 9, 11, 12], [5, 6, 7, 8, 9]])}
     prompts["attention_mask"] = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     tokenizer: Any = SimpleNamespace(pad_token_id=0, batch_decode=lambda ids, **_: [str(row.tolist()) for row in ids])
-    adapted: Any = SimpleNamespace(model=model, device=CPU)
+    adapted: Any = SimpleNamespace(model=model, device=CPU, sharded=False)
     before = _generate(adapted, tokenizer, prompts)
     assert choose_isolation(model, "llama") == "documents"
     assert _generate(adapted, tokenizer, prompts) == before

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from kaito_flows.containers.tuner import loss
 from kaito_flows.containers.tuner.data import Batch
 from kaito_flows.containers.tuner.loss import loss_sum
+from kaito_flows.containers.tuner.sharding import shard
+from kaito_flows.containers.tuner.world import ALONE
 
-from .conftest import TARGETS, make_model
+from .conftest import TARGETS, adapted_model, make_model
 
 # Those of the exactness tests, and those that scale or cap their logits, or are built otherwise.
 KINDS = [*TARGETS, "gemma2", "granite", "cohere", "falcon", "olmo2", "mixtral"]
@@ -37,10 +42,10 @@ def head_sizes(model: Any) -> list[int]:
     return sizes
 
 
-def measured(model: Any, **options: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def measured(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss, and the gradients of what is trained."""
     model.zero_grad()
-    summed = loss_sum(model, batch(), **options)
+    summed = loss_sum(model, batch())
     summed.backward()
     return summed.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -87,13 +92,46 @@ def test_what_caps_and_scales_do_is_in_the_loss(monkeypatch: pytest.MonkeyPatch)
         assert abs(loss_sum(scaled, batch()) - loss_sum(plain, batch())).item() > 1e-2, kind
 
 
-@pytest.mark.parametrize("why", ["the head is trained", "processes hold the model together"])
-def test_all_logits_are_made_at_once_where_they_must_be(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_logits_are_made_at_once_where_the_head_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch)
     model = make_model("llama")
     sizes = head_sizes(model)
-    trained = why == "the head is trained"
-    model.get_output_embeddings().weight.requires_grad_(trained)
-    _, gradients = measured(model, chunked=trained)
+    model.get_output_embeddings().weight.requires_grad_()
+    _, gradients = measured(model)
     assert sizes == [54]
-    assert ("lm_head.weight" in gradients) == trained
+    assert "lm_head.weight" in gradients
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A group of processes, of which this is the only one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("shared", [False, True], ids=["a head of its own", "the embedding's weights"])
+def test_of_a_divided_model_too_unless_its_head_is_divided_with_it(
+    shared: bool, tmp_path: Path, resolved: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model("llama", tmp_path / "llama", tie_word_embeddings=shared)
+    found = []
+    for divided in (False, True):
+        adapted = adapted_model(tmp_path / "llama", resolved("lora", "llama"))
+        with torch.no_grad():
+            for name, parameter in adapted.parameters.items():
+                if ".lora_B." in name:
+                    parameter.fill_(0.01)
+        if divided:
+            small(monkeypatch)
+            adapted = shard(adapted, ALONE)
+        sizes = head_sizes(adapted.model)
+        found.append((*measured(adapted.model), sizes))
+    (expected, gradients, _), (loss_in_parts, others, sizes) = found
+    assert sizes == [54] if shared else [1, *[7] * 7, 5]
+    torch.testing.assert_close(loss_in_parts, expected, rtol=1e-6, atol=0)
+    assert gradients.keys() == others.keys() and gradients
+    largest = max(float(g.abs().max()) for g in gradients.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-6 * largest)

@@ -16,6 +16,7 @@ from kaito_flows.containers.tuner.data import Dataset
 from kaito_flows.containers.tuner.job import TunerJob
 from kaito_flows.containers.tuner.preemption import Preemption
 from kaito_flows.containers.tuner.training import train
+from kaito_flows.containers.tuner.world import ALONE
 
 from .conftest import IDENTITY, adapted_model, make_config, make_root
 
@@ -66,6 +67,6 @@ def test_what_fails_is_told_and_costs_no_adapter(
     job = read_job(root.job, TunerJob)
     job.data.mkdir()
     (job.data / "samples.json").write_text("[{}]")
-    program._tell_samples(adapted_model(models["llama"], resolved("lora", "llama")), job)
+    program._tell_samples(adapted_model(models["llama"], resolved("lora", "llama")), job, ALONE)
     [event] = map(json.loads, capfd.readouterr().out.splitlines())
     assert event == {"event": "no-samples", "reason": "KeyError: 'messages'"}

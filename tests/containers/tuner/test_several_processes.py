@@ -57,11 +57,16 @@ class Place:
         )
 
 
+ASKED = {
+    "samples.json": json.dumps([{"messages": [{"role": "user", "content": "t100 t50"}], "answer": "t9 t9"}]).encode()
+}
+
+
 @pytest.fixture
 def place(tmp_path: Path, models: dict[str, Path], rows: Rows) -> Place:
     # 19 rows: four a step, and three in an epoch's last.
     rows = {**rows, "train": {name: array[:19] for name, array in rows["train"].items()}}
-    return Place(tmp_path, models, make_dataset(tmp_path / "data", rows))
+    return Place(tmp_path, models, make_dataset(tmp_path / "data", rows, **ASKED))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +76,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path], row
     for method in ("qlora", "lora"):
         folder = tmp_path_factory.mktemp(f"alone-{method}")
         fewer = {**rows, "train": {name: array[:19] for name, array in rows["train"].items()}}
-        place = Place(folder, models, make_dataset(folder / "data", fewer))
+        place = Place(folder, models, make_dataset(folder / "data", fewer, **ASKED))
         root = place.machine("root", method=method)
         code, ended[method] = run(root)
         assert code == 0, ended[method].events
@@ -154,7 +159,20 @@ def test_more_processes_than_rows_in_a_step_have_the_same_loss_curve(place: Plac
     assert furthest(running, alone["qlora"]) < TOLERANCE
 
 
-def test_a_base_model_divided_among_processes_has_the_same_loss_curve(place: Place, alone: dict[str, Running]) -> None:
+CHUNKS = """
+import sys
+if "kaito_flows.containers.tuner" in sys.orig_argv:
+    from kaito_flows.containers.tuner import loss
+    loss.CHUNK, loss.LOGITS = 7, 256
+"""
+
+
+@pytest.mark.parametrize("customized", ["", CHUNKS], ids=["logits at once", "logits in chunks"])
+def test_a_base_model_divided_among_processes_has_the_same_loss_curve(
+    customized: str, place: Place, alone: dict[str, Running], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(customized)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
     # One row at a time: in an epoch's last step, one process has more to do than the other.
     changed = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
     root = place.machine("a", method="lora", changed=changed, world=world(2), shard=True)
@@ -167,6 +185,9 @@ def test_a_base_model_divided_among_processes_has_the_same_loss_curve(place: Pla
         for folder in (root.results, Path(alone["lora"].events[-1]["root"]))
     ]
     assert shapes[0] == shapes[1]
+    [[answered], [theirs]] = (told[0]["samples"] for told in (running.all("samples"), alone["lora"].all("samples")))
+    assert (answered["messages"], answered["base"]) == (theirs["messages"], theirs["base"])
+    assert answered["tuned"] != answered["base"]
 
 
 def test_sigterm_stops_all_after_the_same_step_and_another_number_of_processes_goes_on(
