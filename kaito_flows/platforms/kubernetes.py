@@ -427,25 +427,30 @@ class KubernetesPlatform:
             # A Job's pods would have two minutes for a checkpoint that nobody wants: they are deleted on their own.
             propagation: Propagation = "Orphan" if kind == "Job" else "Background"
             self.cluster.delete_labelled(kind, found, propagation=propagation)
-        for pod in self.cluster.list("Pod", labels=found):
-            # Old kubelets take most of a minute to let go of a pod whose image they cannot pull.
-            grace, meta = DELETE_GRACE_SECONDS if _runs(pod) else 0, pod["metadata"]
-            self.cluster.delete("Pod", meta["name"], grace_seconds=grace, uid=meta["uid"])
-        self._await_none("Pod", found)
+        self._end_pods(workspace, found)
         return stopped
 
-    def _await_none(self, kind: str, labels: Mapping[str, str]) -> None:
+    def _end_pods(self, workspace: str, labels: Mapping[str, str]) -> None:
+        """Delete pods, those too that a controller makes anew before it is gone itself, and wait until none is left."""
         left: set[str] = set()
-        for event, found in self.cluster.watch(kind, labels=labels, timeout_seconds=GONE_SECONDS, tell_absent=True):
+        ended: set[str] = set()
+        for event, pod in self.cluster.watch("Pod", labels=labels, timeout_seconds=GONE_SECONDS, tell_absent=True):
+            meta = pod.get("metadata", {})
+            uid = meta.get("uid", "")
             if event in ("DELETED", "ABSENT"):
-                left.discard(found.get("metadata", {}).get("uid", ""))
+                left.discard(uid)
             else:
-                left.add(found["metadata"]["uid"])
+                left.add(uid)
+                if uid not in ended:
+                    ended.add(uid)
+                    # Old kubelets take most of a minute to let go of a pod whose image they cannot pull.
+                    grace = DELETE_GRACE_SECONDS if _runs(pod) else 0
+                    self.cluster.delete("Pod", meta["name"], grace_seconds=grace, uid=uid)
             # An absence is told at once; of a list, every item comes before the first change.
             if not left:
                 return
         hint = "is the node up? kubectl get pods -o wide"
-        place = f"{kind}s of {labels['kaito.sh/workspace']}"
+        place = f"Pods of {workspace}"
         raise ClusterError(f"not gone after {GONE_SECONDS:.0f} s", place=place, hint=hint, code="deletion-stuck")
 
     def _known_owner(self, workspace: str) -> pods.Owner:

@@ -147,6 +147,33 @@ def test_who_waits_is_told_why_in_the_clusters_words(outcomes: dict[str, Outcome
     assert "nowhere" in told["no-secret"]
 
 
+def test_a_pod_that_is_made_while_others_are_deleted_goes_too(space: Cluster, busybox: str) -> None:
+    """As a controller does that sees its pod go before it is gone itself."""
+    made = platform(space, "again")
+
+    def labelled(name: str) -> dict[str, Any]:
+        labels = {"app.kubernetes.io/managed-by": "kaito-flows", "kaito.sh/workspace": "again"}
+        deaf = {"name": "main", "image": busybox, "imagePullPolicy": "IfNotPresent", "command": ["sleep", "600"]}
+        return {
+            "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": labels},
+            "spec": {"containers": [deaf], "terminationGracePeriodSeconds": 60, "nodeSelector": {}},
+        }  # fmt: skip
+
+    def make_another() -> None:
+        for _, pod in space.watch("Pod", name="first", timeout_seconds=60):
+            if "deletionTimestamp" in pod["metadata"]:
+                space.create(labelled("second"))
+                return
+
+    space.create(labelled("first"))
+    eventually(lambda: (space.get("Pod", "first") or {})["status"].get("phase") == "Running")
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(make_another)
+        made.delete("again")
+        other.result()
+    assert [pod["metadata"]["name"] for pod in space.list("Pod", labels={"kaito.sh/workspace": "again"})] == []
+
+
 def test_a_node_that_is_gone_is_not_leased_again(cluster: Cluster, space: Cluster) -> None:
     nodes = ExistingNodes(cluster)
     name = f"leased-{space.namespace.rpartition('-')[2]}"
