@@ -100,6 +100,11 @@ class Settings(BaseSettings):
         return self.home.expanduser().absolute()
 
     @property
+    def other_places(self) -> tuple[str, ...]:
+        """The places where a run tunes when no node can be had here, in the order in which they are tried."""
+        return tuple(filter(None, self.elsewhere.split(",")))
+
+    @property
     def rents(self) -> bool:
         """Whether nodes may be rented."""
         return self.platform == "kubernetes" and self.nodes != "existing"

@@ -236,7 +236,7 @@ def leave(workspace: str, platform: Platform) -> None:
 
 def other_places(workspace: Workspace, settings: Settings) -> tuple[str, ...]:
     """The places that a run may go to; a guest has come from one of them."""
-    return () if workspace.guest_of else tuple(filter(None, settings.elsewhere.split(",")))
+    return () if workspace.guest_of else settings.other_places
 
 
 def namespace_of(workspace: Workspace, settings: Settings) -> str:

@@ -130,17 +130,19 @@ def plan(
         else:
             made = plan_workspace(loaded, there, gpus=loaded.workspace.gpus, measured=measured)
         made = _with_data(loaded, made) if data else made
+    places = renting.places_of(loaded, settings)
     if as_json:
         found = renting.prospects_of(loaded, made, settings)
-        output.json_facts(made.as_dict() | ({"offers": [each.as_dict() for each in found]} if settings.rents else {}))
-        if settings.rents and not renting.is_any_left(found, settings):
+        offered = {"offers": [each.as_dict() for each in found], "elsewhere": list(places)}
+        output.json_facts(made.as_dict() | (offered if settings.rents else {}))
+        if settings.rents and not renting.is_any_left(found, places, settings):
             raise typer.Exit(1)
         return
     for note in (*map(str, loaded.placeholders), *made.notes):
         output.warning(note)
     output.pairs(made.table_rows(), title=f"Plan of {made.workspace}")
     if settings.rents:  # after the plan, which holds whether or not the cloud answers
-        renting.show(renting.prospects_of(loaded, made, settings), settings)
+        renting.show(renting.prospects_of(loaded, made, settings), places, settings)
 
 
 @app.command()

@@ -36,13 +36,18 @@ def prospects_of(loaded: WorkspaceFile, plan: Plan | ServingPlan, settings: Sett
     return prospects(settings, offers_of(loaded.workspace, plan, settings), count)
 
 
-def is_any_left(found: Sequence[Prospect], settings: Settings) -> bool:
-    """Whether nodes may be had: own ones, or an offer that nothing speaks against."""
-    return _OWN in settings.nodes.split(",") or any(not each.against for each in found)
+def places_of(loaded: WorkspaceFile, settings: Settings) -> tuple[str, ...]:
+    """Where else a run would tune, when no node can be had here; a service stays at home."""
+    return settings.other_places if settings.rents and loaded.workspace.tuning else ()
 
 
-def show(found: Sequence[Prospect], settings: Settings) -> None:
-    """Print them, provider by provider.
+def is_any_left(found: Sequence[Prospect], places: Sequence[str], settings: Settings) -> bool:
+    """Whether nodes may be had: own ones, an offer that nothing speaks against, or those of another place."""
+    return _OWN in settings.nodes.split(",") or any(not each.against for each in found) or bool(places)
+
+
+def show(found: Sequence[Prospect], places: Sequence[str], settings: Settings) -> None:
+    """Print them, provider by provider, and then the other places.
 
     Raises:
         SchedulingError: (code `no-node`) none can be had, as a run would find.
@@ -52,9 +57,13 @@ def show(found: Sequence[Prospect], settings: Settings) -> None:
         if kind == _OWN:
             rows.append({"item": _OWN, "value": "own nodes that have the Workspace's labels, size and GPUs"})
         rows += [each.row() for each in found if each.provider == kind]
+    rows += [
+        {"item": "elsewhere", "value": f"the deployment tune-workspace/{place}, which finds its own nodes"}
+        for place in places
+    ]
     if rows:
         output.pairs(rows, title="Nodes, in the order in which they are tried")
-    if not is_any_left(found, settings):
+    if not is_any_left(found, places, settings):
         raise SchedulingError(
             "none of them can be rented now" if found else "there is no size to rent",
             place="resource.instanceType",

@@ -64,6 +64,22 @@ def workspace(tmp_path: Path) -> Callable[..., Path]:
 SEVERAL = {"kaito-flows/instance-types": H100, "kaito-flows/capacity": "spot,on-demand"}
 
 
+def test_other_places_are_the_last_resort(command: Any, azure: Azure, workspace: Any) -> None:
+    azure.usages["cores"] = [0, 0]
+    file = workspace()
+    refused = command("plan", file)
+    assert refused.returncode == 1
+    assert "no-node" in refused.stderr
+    command.environment["KAITO_FLOWS_ELSEWHERE"] = "west,north"
+    done = command("plan", file)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-2:] == [
+        "  elsewhere  the deployment tune-workspace/west, which finds its own nodes",
+        "  elsewhere  the deployment tune-workspace/north, which finds its own nodes",
+    ]
+    assert command.facts("plan", file)["elsewhere"] == ["west", "north"]
+
+
 def test_offers_are_listed_in_order_with_price_and_what_speaks_against_each(
     command: Any, azure: Azure, workspace: Any
 ) -> None:
