@@ -4,7 +4,9 @@
     data.py         rows of tokens, their order in an epoch, micro-batches
     portion.py      what goes through the device at once, and less of it when memory runs out
     model.py        the base model, in 4 bits for QLoRA, and the adapters on it
-    isolation.py    documents that share a row must not see each other
+    attention.py    each document of a row attends to itself
+    isolation.py    documents that share a row must not see each other: which way a model has for it
+    recompute.py    which blocks compute their activations again
     loss.py         cross-entropy over the tokens that are learned
     evaluation.py   the loss on held-out data
     schedule.py     the learning rate of each step

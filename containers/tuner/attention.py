@@ -29,6 +29,8 @@ NAME = "documents"
 NARROW = 128
 """Up to so many tokens, plain attention is faster on CPUs than the flash kernel with its cost per block."""
 
+_NOT_DONE = ("softcap", "s_aux", "position_bias")
+
 FILLED = 0.6
 """How long the shortest document of a group is at least, as a share of the longest."""
 
@@ -101,11 +103,16 @@ def attend(
     """Attention as transformers calls it: `[1, heads, tokens, size]` in, `[1, tokens, heads, size]` out.
 
     Without documents it is transformers' own.
+
+    Raises:
+        ValueError: the model asks for what is not done here.
     """
     if documents is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
+    if unknown := [name for name in _NOT_DONE if others.get(name) is not None]:
+        raise ValueError(f"attention among documents does not do {unknown[0]}")
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     window = sliding_window if sliding_window is not None and sliding_window < documents.longest else None
     if _has_flash(q) and not dropout:

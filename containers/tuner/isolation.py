@@ -21,6 +21,8 @@ Isolation = Literal["documents", "positions", "mask"]
 """By our attention among documents, by the model's own with position ids that restart, or only by a mask."""
 
 _LENGTH = 8
+# Kernels round differently, in bfloat16 by hundredths.
+_SAME = 0.05
 
 
 def document_mask(position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -57,13 +59,29 @@ def choose_isolation(model: Any, place: str) -> Isolation:
 
 
 def _attends_to_documents(model: Any) -> bool:
+    """Whether our attention keeps documents apart in this model, and gives each what the model's own gives it alone."""
+    # Chunks of attention are told to a mask, of which there is none.
+    if getattr(model.config.get_text_config(), "attention_chunk_size", None):
+        return False
     try:
-        return _isolates(model, "documents")
+        return _isolates(model, "documents") and _attends_as_alone(model)
     except (TypeError, ValueError, RuntimeError) as exc:
         # The model hands on nothing that it does not know, or this device has no such kernel.
         if is_out_of_memory(exc):
             raise
         return False
+
+
+@torch.no_grad()
+def _attends_as_alone(model: Any) -> bool:
+    weight = model.get_input_embeddings().weight
+    ids = torch.arange(1, 1 + 2 * _LENGTH, device=weight.device)[None] % weight.shape[0]
+    was_training = model.training
+    model.eval()
+    documents = Documents([2 * _LENGTH], weight.device).arguments(weight.dtype)
+    logits = [model(input_ids=ids, use_cache=False, **given).logits.float() for given in (documents, {})]
+    model.train(was_training)
+    return bool((logits[0] - logits[1]).abs().max() <= _SAME * logits[1].abs().max())
 
 
 def _isolates(model: Any, way: Isolation) -> bool:

@@ -36,7 +36,7 @@ def loss_sum(model: Any, batch: Batch, *, masked: bool = False) -> torch.Tensor:
     Args:
         model: a causal language model of transformers, with or without adapters.
         batch: rows with at least one target.
-        masked: whether the model needs a mask to keep documents apart (`isolation.needs_mask`).
+        masked: whether the model needs a mask to keep documents apart (`isolation.choose_isolation`).
 
     Logits are made only where a target follows: with a large vocabulary they are most of a small model's work and, in
     float32 and with their gradient, of its memory. What the model does with logits (Gemma caps them) it does to these.

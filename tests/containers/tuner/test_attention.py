@@ -159,6 +159,33 @@ def test_an_attention_that_leaks_is_found_out(leak: str, monkeypatch: pytest.Mon
         attention.AttentionInterface.register(attention.NAME, whole)
 
 
+def test_an_attention_that_gives_something_else_is_found_out() -> None:
+    def other(
+        module: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **given: Any
+    ) -> Any:
+        scaling = {"scaling": 3.0} if given.get("documents") else {}
+        return attend(module, q, k, 4 * v if scaling else v, *args, **given | scaling)
+
+    attention.AttentionInterface.register(attention.NAME, other)
+    try:
+        assert choose_isolation(make_model("llama"), "llama") == "positions"
+    finally:
+        attention.AttentionInterface.register(attention.NAME, attend)
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
+def test_what_is_not_done_here_is_refused_and_not_left_out(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        attend(torch.nn.Module(), *tensors(), None, documents=Documents(SIZES, CPU), **{name: 1.0})
+    attend(torch.nn.Module(), *tensors(), None, documents=Documents(SIZES, CPU), **{name: None})
+
+
+def test_a_model_whose_attention_is_in_chunks_keeps_its_own() -> None:
+    model = make_model("llama")
+    model.config.attention_chunk_size = 8
+    assert choose_isolation(model, "llama") == "positions"
+
+
 def test_a_model_that_keeps_nothing_apart_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolation, "_isolates", lambda *_: False)
     with pytest.raises(WeightsError, match="lets documents in one row see each other"):
