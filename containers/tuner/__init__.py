@@ -22,6 +22,7 @@
     samples.py      answers with and without the adapter, for the report
     image.py        the adapter's image and its model card
 
-The same job gives the same bytes, on whichever machine of the same kind, and however often it was killed on the way.
+On a CPU the same job gives the same bytes, on whichever machine of the same kind, and however often it was killed on
+the way; on a GPU nearly so, for the flash kernel adds up gradients in no fixed order.
 With another number of processes it gives the same losses, to six digits and more where there is no dropout.
 """

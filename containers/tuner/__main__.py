@@ -162,25 +162,32 @@ def _train_and_publish(
 def _tell_samples(adapted: Adapted, job: TunerJob, world: World) -> None:
     """Tell how base and adapter answer a few prompts; with the adapter published, a failure is told and no more.
 
-    Processes that hold the base model together write the answers together, or not at all.
+    Processes that hold the base model together write the answers together. There a failure of one is that of all: the
+    others would wait for it. The adapter is found when the job is begun again.
     """
-    stopping = float(preemption.requested)
-    if any(world.totals(stopping)) if adapted.sharded else stopping:
-        return
     from kaito_flows.containers.tuner import samples
 
-    try:
-        if adapted.sharded:
-            from kaito_flows.containers.tuner.sharding import drop_gathered
+    if adapted.sharded:
+        from kaito_flows.containers.tuner.sharding import drop_gathered
 
-            drop_gathered(adapted)
+        if any(world.totals(preemption.requested)):
+            return
+        drop_gathered(adapted)
+        with world.peers():
+            answered = samples.compare(adapted, job.weights, job.data)
+        if answered and world.first:
+            emit("samples", samples=answered)
+        return
+    if preemption.requested:
+        return
+
+    try:
         answered = samples.compare(adapted, job.weights, job.data)
     except Exception as exc:
         logging.getLogger(__name__).warning("there are no sample answers", exc_info=True)
-        if world.first:
-            emit("no-samples", reason=" ".join(f"{type(exc).__name__}: {exc}".split()))
+        emit("no-samples", reason=" ".join(f"{type(exc).__name__}: {exc}".split()))
         return
-    if answered and world.first:
+    if answered:
         emit("samples", samples=answered)
 
 

@@ -129,6 +129,9 @@ def attend(
         length = group.shape[1]
         q_part, k_part, v_part = (t.index_select(0, group.flatten()).view(*group.shape, *t.shape[1:]).transpose(1, 2)
                                   for t in (q, k, v))  # fmt: skip
+        if query.is_cuda:
+            # Without flash, only the kernel that makes all scores takes fewer keys than queries.
+            k_part, v_part = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k_part, v_part))
         with _fitting_kernel(query.device, length):
             out = scaled_dot_product_attention(
                 q_part,
@@ -138,7 +141,7 @@ def attend(
                 dropout_p=dropout,
                 is_causal=window is None or window >= length,
                 scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
+                enable_gqa=q_part.shape[1] != k_part.shape[1],
             )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, back)[None], None
@@ -150,7 +153,9 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def _has_flash(query: torch.Tensor) -> bool:
-    if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16) or query.shape[-1] > 256:
+    size = query.shape[-1]
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if not (query.is_cuda and half and size <= 256 and size % 8 == 0):
         return False
     return torch.version.hip is None and torch.cuda.get_device_capability(query.device) >= (8, 0)
 

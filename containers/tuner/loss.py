@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
 from kaito_flows.containers.tuner.data import Batch
@@ -43,7 +43,9 @@ def loss_sum(model: Any, batch: Batch, *, masked: bool = False) -> torch.Tensor:
     """
     head, base = model.get_output_embeddings(), model.base_model
     chunk = chunk_of(head.weight.shape[0])
-    chunked = batch.targets > chunk and base is not model and _can_be_called_alone(head)
+    # An adapter on the head learns from all logits; and one that is divided with the model must be gathered by all.
+    alone = not isinstance(model, FSDPModule) and not any(p.requires_grad for p in head.parameters())
+    chunked = batch.targets > chunk and base is not model and alone
     kept: list[torch.Tensor] = []
     outputs: list[Any] = []
 
@@ -79,11 +81,6 @@ def loss_sum(model: Any, batch: Batch, *, masked: bool = False) -> torch.Tensor:
 
         total: torch.Tensor = _InChunks.apply(kept[0], batch.labels, chunk, loss_of)  # type: ignore[no-untyped-call]
         return total
-
-
-def _can_be_called_alone(head: torch.nn.Module) -> bool:
-    """Not when an adapter on it learns from all logits, nor when processes hold it together."""
-    return not any(p.requires_grad or isinstance(p, DTensor) for p in head.parameters())
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Which blocks of a model compute their activations again in the backward pass, instead of keeping them.
 
 A block that does keeps no more than its input, and takes a forward pass more: a third of a training's arithmetic. Where
-memory is left, blocks keep theirs. The results are the same bytes.
+memory is left, blocks keep theirs. What is computed is the same.
 """
 
 from __future__ import annotations

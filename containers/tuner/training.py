@@ -4,7 +4,8 @@
            ▲───────────────────────────────────────────────────────────────────────────────────────┘
 
 Each step is a function of the adapter, the optimizer's moments and the step's number: rows, learning rate and random
-numbers (dropout) all come from the number. So a run that was killed ends with the same bytes as one that was not.
+numbers (dropout) all come from the number. So a run that was killed ends with the same bytes as one that was not: on a
+CPU; on a GPU attention's gradients are added up in no fixed order.
 
 Several processes (`world`) share the rows of each step, and end it with the same adapter, since they add up gradients
 and counts: the loss curve is that of one process, but for rounding. Dropout's masks are drawn by each process for its

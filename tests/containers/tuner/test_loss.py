@@ -126,6 +126,8 @@ def test_of_a_divided_model_too_unless_its_head_is_divided_with_it(
         if divided:
             small(monkeypatch)
             adapted = shard(adapted, ALONE)
+        with torch.no_grad():
+            loss_sum(adapted.model, batch())  # as an evaluation does, after which what was gathered stays
         sizes = head_sizes(adapted.model)
         found.append((*measured(adapted.model), sizes))
     (expected, gradients, _), (loss_in_parts, others, sizes) = found
