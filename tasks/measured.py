@@ -19,6 +19,7 @@ from prefect.runtime import flow_run as current_run
 from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.variables import Variable
 
+from kaito_flows.planning.cost import rows_a_step
 from kaito_flows.planning.memory import measured_share
 from kaito_flows.planning.plan import Plan
 from kaito_flows.tasks.progress import log
@@ -27,6 +28,7 @@ __all__ = ["keep_memory_share", "memory_share"]
 
 _PREFIX = "kaito_flows_memory_"
 _MARGIN = 0.01
+_REMEMBERED = 20
 _TERMINAL_SECONDS = 5.0
 
 
@@ -72,21 +74,23 @@ def keep_memory_share(plan: Plan, timings: Mapping[str, Any], history: Sequence[
         if share <= max((item["share"] for item in before), default=0.0) + _MARGIN:
             return
         entry = {"share": round(share, 3), "at": _now(), "workspace": plan.workspace}
-        value = {"model": plan.preset.name, "method": plan.method, "device": plan.device, "measured": [*before, entry]}
+        measured = [*before[-_REMEMBERED:], entry]
+        value = {"model": plan.preset.name, "method": plan.method, "device": plan.device, "measured": measured}
         Variable.set(name, value, overwrite=True)
-    except (httpx.HTTPError, PrefectException, OSError) as exc:
+    except (httpx.HTTPError, PrefectException, OSError, ValueError) as exc:
         log(f"what it took of memory is not remembered: {exc}", warning=True)
 
 
 def _is_telling(plan: Plan, timings: Mapping[str, Any]) -> bool:
     """Whether the peak is that of any training of this kind.
 
-    Not on one of many GPUs that divide a model; nor with rows that hold what they happen to, or too few of them; nor in
-    a pod that has no GPU though the plan counts on one.
+    Not on one of many GPUs that divide a model; nor with rows that hold what they happen to, or fewer of them than go
+    through at once; nor in a pod that has no GPU though the plan counts on one.
     """
     arguments = plan.config["TrainingArguments"]
     rows = plan.dataset.train_rows if plan.dataset else 0
-    full = arguments["packing"] and rows >= arguments["per_device_train_batch_size"]
+    share = -(-min(rows, rows_a_step(plan.config)) // plan.processes)
+    full = arguments["packing"] and share >= arguments["per_device_train_batch_size"]
     device = "peak_gpu_tensor_bytes" if plan.place.has_gpu else "peak_host_bytes"
     return bool(full and device in timings and not plan.shard)
 

@@ -119,6 +119,7 @@ def job_of(
     tag: str,
 ) -> JobSpec:
     """The tuning job of a plan, whose adapter goes under that tag."""
+    memory = plan.memory
     arguments: dict[str, Any] = {
         "version": 1,
         "workspace": plan.workspace,
@@ -129,8 +130,6 @@ def job_of(
         "output": repository.reference(tag),
         "shard": plan.shard,
     }
-    if plan.memory.kept_block:
-        arguments["memory"] = {"needed": plan.memory.needed, "kept_block": plan.memory.kept_block}
     if platform.kind == "kubernetes":
         # A pod's folder goes with the pod: what it would go on from lies in the registry.
         arguments["checkpoints"] = repository.reference(f"checkpoint-{plan.identity[:12]}")
@@ -144,6 +143,7 @@ def job_of(
         weights=weights_of(plan, workspace),
         placement=placement,
         secrets=push_secrets(workspace),
+        memory={"needed": memory.needed, "kept_block": memory.kept_block} if memory.kept_block else None,
         expected_seconds=plan.seconds,
     )
 

@@ -98,7 +98,7 @@ def tuning_memory(preset: Preset, config: Mapping[str, Any], method: str) -> Mem
     parameters = lora_parameters(shape, lora["target_modules"], lora["r"], dora=lora["use_dora"])
     tokens = _tokens(config)
     activations = _activations(preset, config)
-    kept = _block_bytes(preset, config) - 2 * shape.hidden_size
+    kept = _block_bytes(preset, config) - _input_bytes(preset, config)
     logits = min(tokens, tokens_with_logits(shape.vocab_size)) * shape.vocab_size * LOGIT_BYTES
     # A 4-bit matrix is expanded for each product; the largest one counts, and its gradient's transposed copy.
     largest = max(i * o for name, (i, o) in linear_shapes(shape).items() if name in preset.linear_modules)
@@ -142,7 +142,10 @@ def measured_share(
         kept_blocks: how many blocks kept their activations.
     """
     formulas = (estimate.total + kept_blocks * estimate.kept_block) / estimate.measured
-    took = host_bytes if gpu_bytes is None else gpu_bytes * (1 + FRAGMENTATION) + RUNTIME_BYTES
+    took = float(host_bytes)
+    if gpu_bytes is not None:
+        comes_and_goes = max(0.0, gpu_bytes - (estimate.weights + estimate.adapter) / estimate.measured)
+        took = gpu_bytes + FRAGMENTATION * comes_and_goes + RUNTIME_BYTES
     share = took / formulas
     return share if BELIEVED[0] <= share <= BELIEVED[1] else None
 
@@ -189,8 +192,13 @@ def _activations(preset: Preset, config: Mapping[str, Any]) -> int:
     """
     shape, block = preset.architecture, _block_bytes(preset, config)
     if config["TrainingArguments"]["gradient_checkpointing"]:
-        return _tokens(config) * (shape.layers * 2 * shape.hidden_size + block)
+        return _tokens(config) * (shape.layers * _input_bytes(preset, config) + block)
     return _tokens(config) * shape.layers * block
+
+
+def _input_bytes(preset: Preset, config: Mapping[str, Any]) -> int:
+    """What a block keeps for each token that computes the rest again."""
+    return BYTES[config["ModelConfig"]["torch_dtype"]] * preset.architecture.hidden_size
 
 
 def _block_bytes(preset: Preset, config: Mapping[str, Any]) -> int:

@@ -52,7 +52,7 @@ class JobSpec:
 
     `files` maps paths relative to the root (`mnt/config/training_config.yaml`) to texts. `secrets` names Secrets for
     registries, `volumes` maps absolute paths to Kubernetes volume sources, for reading unless `writes_volumes` says so;
-    `expected_seconds` is what the plan says.
+    `memory` and `expected_seconds` are what the plan counts with: a job is the same with others.
     """
 
     name: str
@@ -65,7 +65,12 @@ class JobSpec:
     secrets: tuple[str, ...] = ()
     volumes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     writes_volumes: bool = False
+    memory: Mapping[str, int] | None = None
     expected_seconds: float | None = None
+
+    def job_file(self, root: str) -> dict[str, Any]:
+        """What the program is told, with its files under `root`."""
+        return {**self.arguments, "root": root, **({"memory": dict(self.memory)} if self.memory else {})}
 
 
 @dataclass(frozen=True, slots=True)

@@ -285,7 +285,7 @@ class KubernetesPlatform:
         """
         owner = self._known_owner(spec.workspace)
         self._remove_others(spec, owner)
-        arguments = {**spec.arguments, "root": "/"}
+        arguments = spec.job_file("/")
         if spec.placement.count > 1 or spec.placement.gpus > 1:
             arguments["world"] = {
                 "nodes": spec.placement.count,
@@ -297,8 +297,7 @@ class KubernetesPlatform:
         if spec.placement.count > 1:
             self._remember(self.cluster.apply(pods.rendezvous_service(spec, owner)))
         for manifest in pods.jobs(spec, owner, self.settings, arguments):
-            plain = pods.without_placement(manifest)
-            digest = canonical_digest({"job": plain, "config": config["data"]})
+            digest = pods.digest_of_work(manifest, config)
             found = self.cluster.ensure(manifest, digest=digest)
             job = self._adopt(found.object, manifest, digest) if found.outcome == "adopted" else found.object
             self._remember(job)
@@ -446,7 +445,8 @@ class KubernetesPlatform:
                     # Old kubelets take most of a minute to let go of a pod whose image they cannot pull.
                     grace = DELETE_GRACE_SECONDS if _runs(pod) else 0
                     self.cluster.delete("Pod", meta["name"], grace_seconds=grace, uid=uid)
-            # An absence is told at once; of a list, every item comes before the first change.
+            # An absence is told at once; of a list, every item comes before the first change. What a controller makes
+            # after this goes with it.
             if not left:
                 return
         hint = "is the node up? kubectl get pods -o wide"

@@ -152,7 +152,7 @@ class LocalPlatform:
         on_event: Callable[[Event], None],
         environment: Mapping[str, str] = MappingProxyType({}),
     ) -> Event:
-        job = {**spec.arguments, "root": str(folder)}
+        job = spec.job_file(str(folder))
         with locked(folder):
             process = Process(folder)
             same = _same_job(folder, job)
@@ -426,8 +426,10 @@ def _module(spec: JobSpec) -> str:
 
 
 def _same_job(folder: Path, job: Mapping[str, Any]) -> bool:
+    """Whether that job was started there, whatever was thought of the memory that it takes."""
     try:
-        return bool(json.loads((folder / "job.json").read_bytes()) == json.loads(json.dumps(job)))
+        there: dict[str, Any] = json.loads((folder / "job.json").read_bytes())
+        return bool({**there, "memory": None} == {**json.loads(json.dumps(job)), "memory": None})
     except (OSError, ValueError):
         return False
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from kaito_flows.canonical import canonical_digest
 from kaito_flows.cluster.labels import labels, object_name
 from kaito_flows.platforms.base import JobSpec, ServiceSpec, Weights
 from kaito_flows.settings import Settings
@@ -312,6 +313,14 @@ def without_placement(manifest: Manifest) -> Manifest:
     for metadata in (copy["metadata"], copy["spec"]["template"]["metadata"]):
         metadata["labels"] = {k: v for k, v in metadata["labels"].items() if k != "kaito-flows/run-id"}
     return copy
+
+
+def digest_of_work(manifest: Manifest, config: Manifest) -> str:
+    """The digest of what a Job does, with its ConfigMap: whatever was thought of the time and the memory it takes."""
+    job = without_placement(manifest)
+    del job["spec"]["activeDeadlineSeconds"]
+    told = {key: value for key, value in json.loads(config["data"]["job.json"]).items() if key != "memory"}
+    return canonical_digest({"job": job, "config": {**config["data"], "job.json": told}})
 
 
 def _pod(spec: JobSpec, settings: Settings, image: str, gpus: int) -> Manifest:

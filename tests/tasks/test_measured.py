@@ -101,9 +101,10 @@ def test_on_a_gpu_it_is_its_tensors_that_count_and_blocks_that_kept_theirs() -> 
     plan = planned(machine=Machine(16 * 2**30, 4, "NVIDIA A100", 80 * 2**30, 8.0))
     kept = plan.preset.architecture.layers
     formulas = plan.memory.total + kept * plan.memory.kept_block
+    comes_and_goes = 2e9 - plan.memory.weights - plan.memory.adapter
     timings = {"peak_host_bytes": 1, "peak_gpu_tensor_bytes": 2 * 10**9, "blocks_recomputed": 0}
     keep_memory_share(plan, timings, [])
-    assert memory_share(plan.memory_key) == pytest.approx((2.2e9 + 0.9e9) / formulas, abs=0.001)
+    assert memory_share(plan.memory_key) == pytest.approx((2.9e9 + 0.1 * comes_and_goes) / formulas, abs=0.001)
 
 
 def divided(plan: Plan) -> Plan:
@@ -120,11 +121,18 @@ def short(plan: Plan) -> Plan:
     return replace(plan, config={**plan.config, "TrainingArguments": arguments})
 
 
+def shared(plan: Plan) -> Plan:
+    """By so many processes that each has one row of a step."""
+    arguments = {**plan.config["TrainingArguments"], "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    config = {**plan.config, "TrainingArguments": arguments}
+    return replace(plan, config=config, place=replace(plan.place, gpus=8))
+
+
 def for_a_gpu(plan: Plan) -> Plan:
     return replace(plan, place=replace(plan.place, has_gpu=True))
 
 
-@pytest.mark.parametrize("other", [divided, unpacked, short, for_a_gpu])
+@pytest.mark.parametrize("other", [divided, unpacked, short, shared, for_a_gpu])
 def test_a_peak_that_says_nothing_of_others_is_not_kept(other: Any, plan: Plan) -> None:
     kept = other(plan)
     keep_memory_share(kept, took(plan, 0.8), [])
@@ -146,3 +154,10 @@ def test_without_a_server_nothing_is_known_and_nothing_fails(plan: Plan) -> None
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
         assert memory_share(plan.memory_key) is None
     assert time.monotonic() - began < 10, "at a terminal it is asked once"
+
+
+def test_a_variable_that_is_full_costs_no_training(plan: Plan) -> None:
+    full = {"share": 0.1, "at": "2026-01-01T00:00:00", "workspace": "w" * 4800}
+    Variable.set(f"kaito_flows_memory_{plan.memory_key}", {"measured": [full]})
+    keep_memory_share(plan, took(plan, 0.8), [])
+    assert memory_share(plan.memory_key) == 0.1, "Prefect takes no more than 5000 characters"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kaito_flows.containers.program import strict
-from kaito_flows.containers.tuner.job import TunerJob
+from kaito_flows.containers.tuner.job import Estimate, TunerJob
 from kaito_flows.dataset import PreparedDataset
 from kaito_flows.oci.images import build_image
 from kaito_flows.oci.layout import Layout
@@ -42,5 +42,6 @@ def test_a_model_that_fits_only_in_parts_is_divided_by_the_tuner(tmp_path: Path,
     dataset = PreparedDataset(build_image(repository, [{"data/a": b"a"}], annotations={}), {}, reused=False)
     platform = LocalPlatform(Settings(home=tmp_path))
     spec = job_of(plan, dataset, Placement(count=2), file.workspace, platform, repository, "run-1")
-    job = strict(TunerJob, {**spec.arguments, "root": "/"}, place="job.json")
+    job = strict(TunerJob, spec.job_file("/"), place="job.json")
     assert job.shard is divided
+    assert job.memory == Estimate(plan.memory.needed, plan.memory.kept_block)

@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,14 @@ def test_a_job_that_ended_well_is_not_run_again(platform: LocalPlatform) -> None
 
 def test_a_job_that_still_runs_is_followed_and_not_started_twice(platform: LocalPlatform, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
-    spec, outcomes = job(wait_for=str(gate)), []
-    threads = [threading.Thread(target=lambda: outcomes.append(run(platform, spec)[0])) for _ in range(3)]
+    outcomes = []
+
+    def follow(thought: int) -> None:
+        # What is thought of its memory makes it no other job.
+        spec = replace(job(wait_for=str(gate)), memory={"needed": thought, "kept_block": 1})
+        outcomes.append(run(platform, spec)[0])
+
+    threads = [threading.Thread(target=follow, args=(thought,)) for thought in range(3)]
     for thread in threads:
         thread.start()
     time.sleep(1.0)

@@ -66,6 +66,24 @@ def test_a_new_node_is_warmed_up_by_a_small_image_while_the_large_one_is_pulled(
     assert [c["image"] for c in pod_of(pods.warm_job(spec(), OWNER, SETTINGS))["containers"]] == ["tuner:1"]
 
 
+def digest(**changes: Any) -> str:
+    changed = spec(**changes)
+    told = changed.job_file("/")
+    return pods.digest_of_work(
+        pods.jobs(changed, OWNER, SETTINGS, told)[0], pods.config_map(changed, OWNER, SETTINGS, told)
+    )
+
+
+def test_a_job_is_the_same_whatever_was_thought_of_its_memory_and_time() -> None:
+    """What a run of another Workspace has measured meanwhile must not stop a training."""
+    estimated = {"memory": {"needed": 1, "kept_block": 2}, "expected_seconds": 1e9}
+    assert spec(**estimated).job_file("/")["memory"] == {"needed": 1, "kept_block": 2}
+    assert digest(**estimated) == digest()
+    assert digest(placement=Placement(("node-c",), gpus=1)) == digest()
+    assert digest(arguments={"version": 1, "shard": True}) != digest()
+    assert digest(files={"mnt/config/training_config.yaml": "training_config: {a: 1}\n"}) != digest()
+
+
 def test_secrets_are_files_and_no_environment() -> None:
     pod = pod_of(job())
     for container in [*pod["initContainers"], *pod["containers"]]:
