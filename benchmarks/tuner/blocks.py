@@ -1,6 +1,6 @@
 """What a pass forwards and backwards through a model's blocks takes: how documents lie, and how many compute again.
 
-    python -m benchmarks.tuner.blocks                 # 6 minutes on a CPU
+    python -m benchmarks.tuner.blocks                 # 12 minutes on a CPU
 
 Eight blocks of SmolLM2's shape in bfloat16, an adapter on all linear layers, 8192 tokens of documents whose lengths are
 those of the contest's chats. First in rows that are laid out anew, which a model keeps apart by a mask, against one row
