@@ -2,8 +2,8 @@
 
     kaito_flows_memory_0f3a...  {"model": ..., "device": ..., "measured": [{"share": 0.81, "at": ..., ...}, ...]}
 
-A run that comes again must find the plan that it had, or it would replace its own job: it is told what was known when
-it was made. So measurements are added, each higher than those before it, and none is taken away.
+A run that comes again must find the plan that it had, or it might rent nodes of another size beside those that it has:
+it is told what was known when it was made. So measurements are added, each higher than those before it; the last count.
 """
 
 from __future__ import annotations

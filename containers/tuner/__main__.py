@@ -113,8 +113,6 @@ def _train_and_publish(
         dataset = data.load_dataset(job.data)
     with _stage("load the model", timings):
         adapted = _load_model(job, config, dataset, world)
-    if config.TrainingArguments.gradient_checkpointing:
-        timings["blocks_recomputed"] = recompute.recomputed(adapted.model)
     timings["peak_host_bytes_loading"] = peaks(world.device)["peak_host_bytes"]
     with _stage("train", timings):
         from kaito_flows.containers.tuner import model, outcome, training
@@ -123,6 +121,8 @@ def _train_and_publish(
             adapted, dataset, config, job.identity, job.results, preemption, world=world, shipping=shipping,
             on_first_step=on_first_step,
         )  # fmt: skip
+    if config.TrainingArguments.gradient_checkpointing:
+        timings["blocks_recomputed"] = recompute.recomputed(adapted.model)
     with _stage("prove", timings):
         adapter_facts = model.prove(adapted)
         published_step = outcome.published_step(state, config.TrainingArguments)

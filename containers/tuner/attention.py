@@ -9,12 +9,13 @@ documents that are about equally long are put beside each other, filled up at th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -119,10 +120,11 @@ def attend(
         bounds, longest = documents.bounds, documents.longest
         left = -1 if window is None else window - 1
         gqa = q.shape[1] != k.shape[1]
-        out: torch.Tensor = varlen_attn(  # type: ignore[assignment]
+        found = varlen_attn(
             q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=gqa
         )
-        return out[None], None
+        assert isinstance(found, torch.Tensor), "what else there is was not asked for"
+        return found[None], None
     outputs = []
     groups, back = documents.groups
     for group in groups:
@@ -132,14 +134,15 @@ def attend(
         if query.is_cuda:
             # Without flash, only the kernel that makes all scores takes fewer keys than queries.
             k_part, v_part = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k_part, v_part))
+        mask = _window_mask(length, window, query.device)
         with _fitting_kernel(query.device, length):
             out = scaled_dot_product_attention(
                 q_part,
                 k_part,
                 v_part,
-                attn_mask=_window_mask(length, window, query.device),
+                attn_mask=mask,
                 dropout_p=dropout,
-                is_causal=window is None or window >= length,
+                is_causal=mask is None,
                 scale=scaling,
                 enable_gqa=q_part.shape[1] != k_part.shape[1],
             )
@@ -168,18 +171,8 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> torch
     return (distance >= 0) & (distance < window)
 
 
-@contextmanager
-def _fitting_kernel(device: torch.device, length: int) -> Iterator[None]:
-    if device.type != "cpu":
-        yield
-        return
-    # For GPUs by its name, this chooses for CPUs too.
-    before: bool = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.enable_flash_sdp(length > NARROW)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_flash_sdp(before)
+def _fitting_kernel(device: torch.device, length: int) -> AbstractContextManager[None]:
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and length <= NARROW else nullcontext()
 
 
 def use_attention(model: Any, name: str) -> None:

@@ -198,7 +198,7 @@ def train(
         return on_halved
 
     def recompute_more() -> bool:
-        """Before less goes through at once: whether blocks were to keep what the config lets them compute again."""
+        """Let blocks that kept their activations compute them again, in all processes; return whether any did."""
         if not arguments.gradient_checkpointing or not any(world.totals(recompute_all(adapted.model))):
             return False
         state.recompute_all = True

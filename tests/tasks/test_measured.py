@@ -69,7 +69,7 @@ def test_only_a_training_that_took_more_says_something_new(plan: Plan) -> None:
 
 
 def test_a_run_that_comes_again_is_told_what_it_was_told_before(plan: Plan) -> None:
-    """Else it would plan another job, and replace its own."""
+    """Else it might rent nodes of another size beside those that it has."""
 
     @flow(name="asks")
     def asks(learns: float) -> tuple[float | None, float | None]:
